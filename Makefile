@@ -1,0 +1,41 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: setup serve test test-slow check bench zoo protos clean
+.DEFAULT_GOAL := serve
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+serve: setup
+	$(BIN)/fathom serve $(ARGS)
+
+test: setup
+	$(BIN)/pytest $(ARGS)
+
+test-slow: setup
+	$(BIN)/pytest -m slow $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/fathom bench decode
+	$(BIN)/fathom bench long
+	$(BIN)/fathom bench gateway
+
+zoo: setup
+	$(BIN)/python -m models.train $(ARGS)
+
+protos: setup
+	$(BIN)/python -m protos
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

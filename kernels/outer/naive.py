@@ -1,0 +1,47 @@
+"""Decayed outer-product state, one token at a time.
+
+    S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T          S: [K, V]
+    o_t = scale * S_t^T q_t                           (linear attention, RetNet, GLA, Mamba-2)
+    o_t = scale * (S_{t-1} + diag(u) k_t v_t^T)^T q_t (RWKV-6: the bonus u, read before the decay)
+
+Sources: GLA arXiv 2312.06635 eq. 3; RetNet arXiv 2307.08621 eq. 6; Mamba-2 arXiv 2405.21060 eq. 1; RWKV-6
+arXiv 2404.05892 eq. 18.
+"""
+
+import torch
+from torch import Tensor
+
+
+def outer_naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    scale: float,
+    bonus: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One sequence, one head at a time.
+
+    q [T, Hq, K], k [T, Hk, K], v [T, Hv, V]; log decay g: None, [T, H] (one per head) or [T, Hg, K] (one per key
+    channel); state [H, K, V] with H = max(Hk, Hv, Hg); bonus u [H, K]. Heads that a tensor lacks are shared by
+    groups of neighbours, as in grouped-query attention. Returns o [T, max(H, Hq), V] and the final state.
+    """
+    length, H = q.shape[0], state.shape[0]
+    heads = max(H, q.shape[1])
+    state = state.clone()
+    out = torch.zeros(length, heads, v.shape[2], dtype=state.dtype, device=state.device)
+    for t in range(length):
+        written = torch.empty_like(state)
+        for h in range(H):
+            k_t = k[t, h * k.shape[1] // H]
+            v_t = v[t, h * v.shape[1] // H]
+            write = torch.outer(k_t, v_t)
+            decay = torch.ones_like(k_t) if g is None else g[t, h * g.shape[1] // H].exp().expand_as(k_t)
+            after = decay[:, None] * state[h] + write
+            written[h] = after if bonus is None else state[h] + bonus[h][:, None] * write
+            state[h] = after
+        for h in range(heads):
+            q_t = q[t, h * q.shape[1] // heads]
+            out[t, h] = scale * (written[h * H // heads].T @ q_t)
+    return out, state

@@ -8,10 +8,11 @@ from kernels.library import define
 from kernels.outer.naive import outer_naive
 from kernels.outer.scan import outer_scan
 from kernels.outer.step_numba import outer_step_numba
+from kernels.outer.train_numba import outer_train
 from kernels.pool import as_float32, flat
 from kernels.tiles import tile
 
-__all__ = ["outer", "outer_naive", "outer_scan", "outer_step"]
+__all__ = ["outer", "outer_naive", "outer_scan", "outer_step", "outer_train"]
 
 _NONE_3D = np.zeros((0, 1, 1), np.float32)
 _NONE_2D = np.zeros((0, 0), np.float32)
@@ -36,6 +37,8 @@ def outer(
     With a pool [slots, depths, H, K, V] the states are read and written in place; without one they start from zero
     and are dropped, and the result is differentiable (training).
     """
+    if pool is None and not q.is_cuda and bonus is None:
+        return outer_train(q, k, v, g, offsets, scale).to(q.dtype)
     if pool is None:
         H = max(k.shape[1], v.shape[1], g.shape[1] if g is not None else 1)
         zero = q.new_zeros(len(offsets) - 1, H, k.shape[2], v.shape[2], dtype=torch.float32)

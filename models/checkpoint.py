@@ -1,0 +1,183 @@
+"""A checkpoint folder: config.json, safetensors, tokenizer.json. Nothing is ever read by pickle."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from models.errors import CheckpointError, ModelNotFoundError
+from models.layers import Packed
+
+ZOO = Path(__file__).parent / "zoo"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.bias$|\.masked_bias$")
+"""Tensors that some libraries save although they follow from the configuration."""
+
+Names = tuple[tuple[str, str], ...]
+
+
+def find(path_or_name: str | Path) -> Path:
+    """The folder of a checkpoint: a local path, ``zoo/NAME``, or a Hub id where the network allows.
+
+    Raises ModelNotFoundError with what was tried.
+    """
+    path = Path(path_or_name)
+    if path.is_dir():
+        return path
+    text = str(path_or_name)
+    if text.startswith("zoo/"):
+        folder = ZOO / text.removeprefix("zoo/")
+        if folder.is_dir():
+            return folder
+        there = ", ".join(f"zoo/{p.parent.name}" for p in sorted(ZOO.glob("*/config.json")))
+        raise ModelNotFoundError(f"{text}: not in the zoo, which has {there or 'no models yet: make zoo'}")
+    if path.exists():
+        raise ModelNotFoundError(f"{text}: a checkpoint is a folder with config.json and *.safetensors, not a file")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        return _from_hub(text)
+    raise ModelNotFoundError(f"{text}: no such folder, zoo model or Hub id")
+
+
+def _from_hub(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "config.yaml"]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelNotFoundError(f"{repo}: no such folder, and the Hub did not give it: {error}") from None
+
+
+class Checkpoint:
+    """The files of one model."""
+
+    def __init__(self, path_or_name: str | Path):
+        self.folder = find(path_or_name)
+        self.config_file = self.folder / "config.json"
+        self.config: dict[str, Any] = self._json("config.json", required=True)
+
+    def _json(self, name: str, required: bool = False) -> dict[str, Any]:
+        file = self.folder / name
+        if not file.is_file():
+            if required:
+                raise CheckpointError(f"{self.folder}: {name} is missing")
+            return {}
+        try:
+            value = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{file}: not valid JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{file}: must be a JSON object, got {type(value).__name__}")
+        return value
+
+    def tokenizer(self) -> Tokenizer | None:
+        """None where the checkpoint has none: such a model takes and gives token ids only."""
+        file = self.folder / "tokenizer.json"
+        if not file.is_file():
+            return None
+        try:
+            return Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{file}: not a tokenizer: {error}") from None
+
+    def weight_files(self) -> list[Path]:
+        index = self._json("model.safetensors.index.json").get("weight_map", {})
+        files = sorted({self.folder / str(name) for name in index.values()}) or sorted(
+            self.folder.glob("*.safetensors")
+        )
+        missing = [f.name for f in files if not f.is_file()]
+        if missing:
+            raise CheckpointError(f"{self.folder}: the index names {missing[0]}, which is missing")
+        if files:
+            return files
+        pickled = sorted(f.name for pattern in PICKLED for f in self.folder.glob(pattern))
+        if pickled:
+            raise CheckpointError(
+                f"{self.folder / pickled[0]}: pickle files are never loaded; convert the weights to safetensors"
+            )
+        raise CheckpointError(f"{self.folder}: no *.safetensors")
+
+    def fingerprint(self) -> str:
+        """A digest of configuration and weights: equal for equal models. Large tensors count by their headers and
+        a sample of their bytes, so that it is quick."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file in self.weight_files():
+            size = file.stat().st_size
+            with file.open("rb") as f:
+                digest.update(f.read(1 << 20))
+                for part in range(1, 16):
+                    f.seek(part * size // 16)
+                    digest.update(f.read(1 << 14))
+        return digest.hexdigest()[:32]
+
+    def load_into(self, model: nn.Module, names: Names) -> None:
+        """Fill every parameter from the files. Raises CheckpointError naming the file, the tensor and both shapes."""
+        with ExitStack() as stack:
+            where: dict[str, tuple[Path, Any]] = {}
+            for file in self.weight_files():
+                try:
+                    opened = stack.enter_context(safe_open(str(file), framework="pt"))
+                except (SafetensorError, OSError) as error:
+                    raise CheckpointError(f"{file}: truncated or not safetensors: {error}") from None
+                for key in opened.keys():  # noqa: SIM118: not a dict
+                    where[key] = file, opened
+            for key, target in checkpoint_tensors(model, names):
+                if key not in where:
+                    near = ", ".join(sorted(where)[:3])
+                    raise CheckpointError(
+                        f"{self.folder}: tensor {key} {list(target.shape)} is missing (the files hold {near}, ...)"
+                    )
+                file, opened = where.pop(key)
+                shape = list(opened.get_slice(key).get_shape())
+                if shape != list(target.shape):
+                    raise CheckpointError(
+                        f"{file}: tensor {key} has shape {shape}, the configuration asks for {list(target.shape)}"
+                    )
+                with torch.no_grad():
+                    target.copy_(opened.get_tensor(key))
+            spare = sorted(key for key in where if not BUFFERS.search(key) and key != "lm_head.weight")
+            if spare:
+                raise CheckpointError(
+                    f"{where[spare[0]][0]}: tensor {spare[0]} has no place in this model ({len(spare)} such tensors)"
+                )
+
+
+def checkpoint_tensors(model: nn.Module, names: Names) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter, or part of one, with its name in the checkpoint: our name, then the family's substitutions."""
+    substitutions = [(re.compile(pattern), replacement) for pattern, replacement in names]
+
+    def rename(name: str) -> str:
+        for pattern, replacement in substitutions:
+            name = pattern.sub(replacement, name)
+        return name
+
+    for path, module in model.named_modules():
+        if isinstance(module, Packed):
+            beside = path.rpartition(".")[0] + "." if "." in path else ""
+            for name, part in module.parts():
+                yield rename(beside + name), part
+        else:
+            prefix = path + "." if path else ""
+            for name, parameter in module.named_parameters(recurse=False):
+                yield rename(prefix + name), parameter
+
+
+def save(folder: Path, model: nn.Module, names: Names, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Write config.json and model.safetensors, in the format that `Checkpoint` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        key: part.detach().to("cpu", dtype).contiguous().clone() for key, part in checkpoint_tensors(model, names)
+    }
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    text = json.dumps({**config, "torch_dtype": str(dtype).removeprefix("torch.")}, indent=2)
+    (folder / "config.json").write_text(text + "\n", "utf-8")

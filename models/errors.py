@@ -1,0 +1,21 @@
+"""What can be wrong with a model: its configuration or its files."""
+
+
+class ModelError(Exception):
+    """A model that cannot be loaded, with the reason a person needs to mend it."""
+
+
+class ModelNotFoundError(ModelError):
+    """There is no model of that name or path."""
+
+
+class ConfigError(ModelError):
+    """A config.json that asks for something impossible or not supported."""
+
+    def __init__(self, file: object, field: str, value: object, limit: str):
+        super().__init__(f"{file}: {field} = {value!r}: {limit}")
+        self.field = field
+
+
+class CheckpointError(ModelError):
+    """Weights that are missing, misshapen, truncated, or in a format that is not loaded."""

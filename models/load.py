@@ -1,0 +1,72 @@
+"""From a checkpoint to a model that is ready to serve."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from models.checkpoint import Checkpoint
+from models.config import ModelConfig
+from models.decoder import Decoder
+from models.errors import ConfigError
+from models.registry import family
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    name: str
+    model: Decoder
+    config: ModelConfig
+    family: str
+    tokenizer: Tokenizer | None
+    fingerprint: str
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return self.config.eos_token_ids
+
+
+def load(
+    path_or_name: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+) -> LoadedModel:
+    """Load a checkpoint folder, ``zoo/NAME`` or Hub id.
+
+    Raises ModelNotFoundError, ConfigError or CheckpointError (all ModelError), naming what is wrong.
+    """
+    place = pick_device(device)
+    checkpoint = Checkpoint(path_or_name)
+    host = family(checkpoint.config, checkpoint.config_file)
+    with torch.device("meta"):
+        config, model = host.build(checkpoint.config, checkpoint.config_file)
+    model = model.to(pick_dtype(dtype, place)).to_empty(device=place)
+    checkpoint.load_into(model, host.NAMES)
+    model.requires_grad_(False).eval()
+    return LoadedModel(
+        name=str(path_or_name),
+        model=model,
+        config=config,
+        family=str(checkpoint.config["model_type"]),
+        tokenizer=checkpoint.tokenizer(),
+        fingerprint=checkpoint.fingerprint(),
+    )
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    if str(device) != "auto":
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 on a GPU and on CPUs with AVX512-BF16 instructions, float32 elsewhere."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
+    if dtype not in DTYPES:
+        raise ConfigError("options", "dtype", dtype, f"must be auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]

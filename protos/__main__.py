@@ -17,11 +17,12 @@ def generate(target: Path) -> list[Path]:
     outputs = [f"--{kind}={target}" for kind in ("python_out", "pyi_out", "grpc_python_out")]
     if protoc.main(["protoc", f"-I{HERE}", f"-I{well_known}", *outputs, *sources]):
         raise SystemExit("protoc failed")
+    packages = "|".join(sorted({Path(source).parts[0] for source in sources}))
     made = [p for p in sorted(target.rglob("*_pb2*.py*")) if p.suffix in (".py", ".pyi")]
     for path in made:
         # protoc imports from the root of the .proto files; in this house that root is a package.
         text = path.read_text()
-        text = re.sub(r"^from fathom\.", "from protos.fathom.", text, flags=re.MULTILINE)
+        text = re.sub(rf"^from ({packages})\b", r"from protos.\1", text, flags=re.MULTILINE)
         path.write_text(text)
     return made
 

@@ -8,3 +8,8 @@ Every op takes *packed* tokens: the tokens of all segments of a batch, one after
 where each segment begins, ``slots`` [N] and ``depths`` [N] say which state it continues. A decoding batch is N
 segments of one token; a prefill chunk is one segment of many.
 """
+
+import os
+
+# Numba and torch then share one team of OpenMP threads, rather than each spinning against the other's.
+os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")

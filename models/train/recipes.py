@@ -23,6 +23,7 @@ GLA = Recipe(
         "eos_token_id": 0,
         "max_position_embeddings": 512,
     },
+    steps=2500,
 )
 
 RECIPES = {recipe.name: recipe for recipe in (GLA,)}

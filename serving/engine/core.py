@@ -1,0 +1,141 @@
+"""The nouns that everyone in the engine shares."""
+
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from serving.engine.params import SamplingParams
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # end of text or a stop token
+    LENGTH = "length"
+    DEADLINE = "deadline"
+    CANCELLED = "cancelled"
+
+
+class ExitReason(IntEnum):
+    """Why a token left at the depth it did; the numbers are those of the wire."""
+
+    FULL_DEPTH = 1
+    FIXED_DEPTH = 2
+    ROUTED = 3
+    GATED = 4
+    CONFIDENT = 5
+    CONVERGED = 6
+    GOVERNED = 7
+    OUT_OF_TIME = 8
+
+
+@dataclass(slots=True)
+class Request:
+    """A prompt, and what is wanted of it: continuations, or (score) the log-probabilities of its own tokens."""
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    score: bool = False
+    seed: int = 0  # of continuation 0
+    priority: int = 0  # larger goes first
+    deadline: float | None = None  # on the engine's clock
+    arrival: float = 0.0
+    admitted: float | None = None
+    first_token: float | None = None
+    sequences: "list[Sequence]" = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One continuation of a request while it holds a slot."""
+
+    request: Request
+    index: int
+    slot: int
+    seed: int
+    prefilled: int = 0  # prompt tokens whose state is in the slot
+    generated: int = 0
+    finished: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Prompt tokens of one sequence that walk through the stages together."""
+
+    sequence: Sequence
+    ids: Ints
+    start: int  # position of the first
+    node: int = 0
+    rows: Any = None  # the runner's, between stages: [len(ids), row width]
+
+    @property
+    def last(self) -> bool:
+        """Whether the prompt ends with it."""
+        return self.start + len(self.ids) == len(self.sequence.request.prompt)
+
+
+@dataclass(slots=True)
+class Tick:
+    """One run of one stage, for all rows and chunks parked there."""
+
+    stage: int
+    slots: Ints  # decoding rows
+    chunks: list[Chunk]
+    final: bool  # the stage ends with the head
+
+    @property
+    def tokens(self) -> int:
+        return len(self.slots) + sum(len(chunk.ids) for chunk in self.chunks)
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What the head gave: a token for each of `slots`, and log-probabilities for each scored prompt token."""
+
+    slots: Ints
+    ids: Ints
+    logprobs: Floats | None = None  # [R]; where any row asked for them
+    top_ids: Ints | None = None  # [R, most asked for]
+    top_logprobs: Floats | None = None
+    scores: dict[int, Floats] = field(default_factory=dict)  # slot -> one for each token of its chunk but the last
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    mean_depth: float
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    cached_tokens: int = 0
+    cache_miss_reason: str = ""
+    flops_saved: float = 0.0
+
+
+@dataclass(slots=True)
+class Output:
+    """News of one sequence. Lists run in parallel; `finish_reason` comes with its last news, `usage` with the last of
+    its request."""
+
+    request_id: str
+    index: int
+    ids: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    exit_reasons: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    slots: int
+    running: int
+    waiting: int

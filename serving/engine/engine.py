@@ -1,0 +1,187 @@
+"""The engine: token ids in, token ids out. It knows neither Ray nor gRPC nor text."""
+
+import time
+from collections.abc import Callable, Sequence as Seq
+
+from serving.engine.core import Chunk, FinishReason, Load, Output, Request, Sampled, Sequence, Tick, Usage
+from serving.engine.observer import Observer
+from serving.engine.runner import Runner
+from serving.engine.scheduler import Scheduler
+from serving.errors import InvalidArgumentError
+
+DEFAULT_MAX_TOKENS = 1 << 20
+
+
+class Engine:
+    """Continuous batching over the slots of one model. Not thread-safe: one thread submits, cancels and steps."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        slots: int,
+        *,
+        eos_token_ids: Seq[int] = (),
+        prefill_tokens: int = 256,
+        max_waiting: int = 1024,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        clock: Callable[[], float] = time.monotonic,
+        observer: Observer | None = None,
+    ):
+        """`max_tokens` bounds prompt and continuation together."""
+        self.runner = runner
+        self.max_tokens = max_tokens
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.observer = observer or Observer()
+        self.clock = clock
+        self.scheduler = Scheduler(
+            runner.path,
+            slots,
+            prefill_tokens=prefill_tokens,
+            max_waiting=max_waiting,
+            clock=clock,
+            on_admit=self._admitted,
+        )
+
+    def step(self) -> list[Output]:
+        """Run one stage once. Returns what is new."""
+        outputs = self._expire()
+        tick = self.scheduler.schedule()
+        if tick is None:
+            return outputs
+        started = self.clock()
+        sampled = self.runner.run(tick, self.scheduler.rows)
+        self.observer.ticked(tick, self.clock() - started)
+        return outputs + self._emit(tick, sampled)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.requests)
+
+    def load(self) -> Load:
+        return self.scheduler.load()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises InvalidArgumentError, naming the field, or OverloadedError."""
+        if not request.prompt:
+            raise InvalidArgumentError("prompt", "", "must hold at least one token")
+        limit = self.max_tokens - (not request.score)
+        if len(request.prompt) > limit:
+            given = f"{len(request.prompt)} tokens"
+            raise InvalidArgumentError("prompt", given, f"at most {limit} tokens fit this model")
+        low, high = min(request.prompt), max(request.prompt)
+        if low < 0 or high >= self.runner.vocab_size:
+            wrong = low if low < 0 else high
+            raise InvalidArgumentError("prompt", wrong, f"token ids of this model are 0 to {self.runner.vocab_size - 1}")
+        request.params.check_vocabulary(self.runner.vocab_size)
+        self.scheduler.submit(request)
+
+    def cancel(self, request_id: str, index: int | None = None) -> list[Output]:
+        """Stop a request, or one of its continuations, and free its slots at once. Unknown ids are ignored: the
+        request may just have ended."""
+        request = self.scheduler.requests.get(request_id)
+        return [] if request is None else self._stop(request, FinishReason.CANCELLED, index)
+
+    def _expire(self) -> list[Output]:
+        return [out for request in self.scheduler.expired() for out in self._stop(request, FinishReason.DEADLINE)]
+
+    def _stop(self, request: Request, reason: FinishReason, index: int | None = None) -> list[Output]:
+        if not request.sequences:
+            self.scheduler.withdraw(request)
+            out = Output(request.id, 0, finish_reason=reason, usage=self._usage(request))
+            self.observer.finished(request, reason, out.usage)
+            return [out]
+        outputs = []
+        for sequence in request.sequences:
+            if sequence.finished is None and index in (None, sequence.index):
+                if index is not None:
+                    self.scheduler.pass_on(sequence)
+                outputs.append(out := Output(request.id, sequence.index))
+                self._finish(sequence, reason, out)
+        return outputs
+
+    def _admitted(self, sequence: Sequence) -> None:
+        self.runner.admit(sequence, self._endings(sequence.request))
+
+    def _endings(self, request: Request) -> tuple[int, ...]:
+        own = () if request.params.ignore_eos else self.eos_token_ids
+        return (*own, *request.params.stop_token_ids)
+
+    def _emit(self, tick: Tick, sampled: Sampled | None) -> list[Output]:
+        """Hand out the tokens of a final stage, and send each on its way again."""
+        if sampled is None:
+            return []
+        outputs = []
+        for chunk in tick.chunks:
+            self.scheduler.prefilled(chunk)
+            if chunk.sequence.request.score:
+                outputs.append(self._scored(chunk, sampled))
+            elif chunk.last:
+                for other in chunk.sequence.request.sequences:
+                    if other is not chunk.sequence and other.finished is None:
+                        self.runner.fork(chunk.sequence.slot, other.slot)
+        running = self.scheduler.running
+        outputs += [self._token(running[slot], row, sampled) for row, slot in enumerate(sampled.slots.tolist())]
+        return outputs
+
+    def _token(self, sequence: Sequence, row: int, sampled: Sampled) -> Output:
+        """One new token of one sequence."""
+        request, rows, slot = sequence.request, self.scheduler.rows, sequence.slot
+        token = int(sampled.ids[row])
+        sequence.generated += 1
+        out = Output(request.id, sequence.index, [token], [self.scheduler.path.full_depth], [int(rows.reason[slot])])
+        if sampled.logprobs is not None and request.params.logprobs is not None:
+            out.logprobs.append(float(sampled.logprobs[row]))
+            out.top_logprobs.append(_alternatives(sampled, row, request.params.logprobs))
+        if request.first_token is None:
+            request.first_token = self.clock()
+        self.observer.token(request)
+        if token in self._endings(request) and sequence.generated >= request.params.min_tokens:
+            self._finish(sequence, FinishReason.STOP, out)
+        elif (
+            sequence.generated >= request.params.max_tokens
+            or len(request.prompt) + sequence.generated >= self.max_tokens
+        ):
+            self._finish(sequence, FinishReason.LENGTH, out)
+        else:
+            rows.feed(slot, token, len(request.prompt) + sequence.generated - 1, self.scheduler.tick)
+        return out
+
+    def _scored(self, chunk: Chunk, sampled: Sampled) -> Output:
+        """Log-probabilities of a chunk of a prompt that is only scored."""
+        request = chunk.sequence.request
+        scores = sampled.scores[chunk.sequence.slot]
+        depth = self.scheduler.path.full_depth
+        ids = request.prompt[chunk.start + 1 : chunk.start + 1 + len(scores)]
+        out = Output(request.id, 0, ids, [depth] * len(ids), [1] * len(ids), scores.tolist())
+        if chunk.last:
+            self._finish(chunk.sequence, FinishReason.STOP, out)
+        return out
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, out: Output) -> None:
+        sequence.finished = out.finish_reason = reason
+        last = self.scheduler.finish(sequence)
+        self.runner.release(sequence.slot)
+        if last:
+            out.usage = self._usage(sequence.request)
+            self.observer.finished(sequence.request, reason, out.usage)
+
+    def _usage(self, request: Request) -> Usage:
+        now = self.clock()
+        admitted = now if request.admitted is None else request.admitted
+        first = now if request.first_token is None else request.first_token
+        return Usage(
+            prompt_tokens=len(request.prompt),
+            completion_tokens=sum(s.generated for s in request.sequences),
+            mean_depth=float(self.scheduler.path.full_depth),
+            queue_s=admitted - request.arrival,
+            prefill_s=max(0.0, first - admitted),
+            decode_s=now - first,
+        )
+
+
+def _alternatives(sampled: Sampled, row: int, count: int) -> dict[int, float]:
+    if sampled.top_ids is None or sampled.top_logprobs is None:
+        return {}
+    pairs = zip(sampled.top_ids[row, :count], sampled.top_logprobs[row, :count], strict=True)
+    return {int(token): float(logprob) for token, logprob in pairs}
+

@@ -1,0 +1,40 @@
+"""What can go wrong with a request. Front doors turn these into status codes; the engine only raises them."""
+
+
+class RequestError(Exception):
+    """A request that cannot be served as it stands."""
+
+
+class InvalidArgumentError(RequestError):
+    """A field with an impossible value."""
+
+    def __init__(self, field: str, value: object, limit: str):
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        super().__init__(f"{field} = {shown}: {limit}")
+        self.field = field
+
+
+class NotFoundError(RequestError):
+    """An unknown model, session or snapshot."""
+
+
+class OverloadedError(RequestError):
+    """The queue is full, or a quota is spent."""
+
+
+class UnavailableError(RequestError):
+    """Loading, draining, or no replica left."""
+
+
+class FailedPreconditionError(RequestError):
+    """Right in itself, but not for this model or not now."""
+
+
+class DeadlineExceededError(RequestError):
+    """The request's time was over before it was done."""
+
+
+class ServeConfigError(Exception):
+    """A serving file or an option that cannot be used, with the reason a person needs to mend it."""

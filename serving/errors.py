@@ -8,12 +8,12 @@ class RequestError(Exception):
 class InvalidArgumentError(RequestError):
     """A field with an impossible value."""
 
-    def __init__(self, field: str, value: object, limit: str):
+    def __init__(self, field: str, value: object = None, limit: str = ""):
+        """`field` alone is a message that is complete already."""
         shown = repr(value)
         if len(shown) > 80:
             shown = shown[:77] + "..."
-        super().__init__(f"{field} = {shown}: {limit}")
-        self.field = field
+        super().__init__(f"{field} = {shown}: {limit}" if limit else field)
 
 
 class NotFoundError(RequestError):

@@ -18,6 +18,7 @@ from serving.engine.params import SamplingParams
 from serving.engine.runner import TorchRunner
 from serving.errors import FailedPreconditionError, InvalidArgumentError
 from serving.text import TextStream
+from serving.threads import use_threads
 
 Prompt = str | Sequence[int]
 
@@ -72,7 +73,7 @@ class LLM:
         if not isinstance(prefill_tokens, int) or prefill_tokens < 1:
             raise InvalidArgumentError("prefill_tokens", prefill_tokens, "must be a whole number from 1")
         if threads is not None:
-            torch.set_num_threads(threads)
+            use_threads(threads)
         self.loaded = model if isinstance(model, LoadedModel) else load(model, dtype, device)
         self.tokenizer = self.loaded.tokenizer
         self.engine = Engine(

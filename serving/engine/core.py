@@ -133,6 +133,16 @@ class Output:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
 
+    def extend(self, later: "Output") -> None:
+        """Take in the next news of the same sequence."""
+        self.ids += later.ids
+        self.depths += later.depths
+        self.exit_reasons += later.exit_reasons
+        self.logprobs += later.logprobs
+        self.top_logprobs += later.top_logprobs
+        self.finish_reason = later.finish_reason
+        self.usage = later.usage
+
 
 @dataclass(frozen=True, slots=True)
 class Load:

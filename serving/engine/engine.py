@@ -87,9 +87,9 @@ class Engine:
     def _stop(self, request: Request, reason: FinishReason, index: int | None = None) -> list[Output]:
         if not request.sequences:
             self.scheduler.withdraw(request)
-            out = Output(request.id, 0, finish_reason=reason, usage=self._usage(request))
-            self.observer.finished(request, reason, out.usage)
-            return [out]
+            usage = self._usage(request)
+            self.observer.finished(request, reason, usage)
+            return [Output(request.id, 0, finish_reason=reason, usage=usage)]
         outputs = []
         for sequence in request.sequences:
             if sequence.finished is None and index in (None, sequence.index):
@@ -119,11 +119,13 @@ class Engine:
                 for other in chunk.sequence.request.sequences:
                     if other is not chunk.sequence and other.finished is None:
                         self.runner.fork(chunk.sequence.slot, other.slot)
-        running = self.scheduler.running
-        outputs += [self._token(running[slot], row, sampled) for row, slot in enumerate(sampled.slots.tolist())]
+        running, now = self.scheduler.running, self.clock()
+        self.observer.emitted(len(sampled.slots), self.scheduler.rows.gaps(sampled.slots, now))
+        for row, slot in enumerate(sampled.slots.tolist()):
+            outputs.append(self._token(running[slot], row, sampled, now))
         return outputs
 
-    def _token(self, sequence: Sequence, row: int, sampled: Sampled) -> Output:
+    def _token(self, sequence: Sequence, row: int, sampled: Sampled, now: float) -> Output:
         """One new token of one sequence."""
         request, rows, slot = sequence.request, self.scheduler.rows, sequence.slot
         token = int(sampled.ids[row])
@@ -133,8 +135,7 @@ class Engine:
             out.logprobs.append(float(sampled.logprobs[row]))
             out.top_logprobs.append(_alternatives(sampled, row, request.params.logprobs))
         if request.first_token is None:
-            request.first_token = self.clock()
-        self.observer.token(request)
+            request.first_token = now
         if token in self._endings(request) and sequence.generated >= request.params.min_tokens:
             self._finish(sequence, FinishReason.STOP, out)
         elif (

@@ -1,16 +1,19 @@
 """What the engine tells about itself while it runs. The default listens to nothing."""
 
+import numpy as np
+import numpy.typing as npt
+
 from serving.engine.core import FinishReason, Request, Tick, Usage
 
 
 class Observer:
-    """Called from the engine's thread; must be quick and must not raise."""
+    """Called from the engine's thread, at most a few times a tick; must be quick and must not raise."""
 
     def ticked(self, tick: Tick, seconds: float) -> None:
         """A stage has run."""
 
-    def token(self, request: Request) -> None:
-        """A sequence of the request has a new token."""
+    def emitted(self, tokens: int, gaps: npt.NDArray[np.float64]) -> None:
+        """Sequences have new tokens; for those that had one before, the seconds since."""
 
-    def finished(self, request: Request, reason: FinishReason, usage: Usage | None) -> None:
+    def finished(self, request: Request, reason: FinishReason, usage: Usage) -> None:
         """All sequences of the request have ended, the last one for this reason."""

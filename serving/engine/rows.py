@@ -1,10 +1,12 @@
 """Decoding rows, one per slot at most, as columns: a tick moves all rows of a stage with a few array operations."""
 
 import numpy as np
+import numpy.typing as npt
 
 from serving.engine.core import ExitReason, Ints
 
 IDLE = -1
+Times = npt.NDArray[np.float64]
 
 
 class Rows:
@@ -16,6 +18,7 @@ class Rows:
         self.position = np.zeros(slots + 1, np.int64)  # of that token in its sequence
         self.since = np.zeros(slots + 1, np.int64)  # the tick at which it was parked
         self.units = np.zeros(slots + 1, np.int64)  # depth that its token has reached
+        self.emitted = np.full(slots + 1, np.nan)  # when its last token came out; nan before the first
         self.reason = np.full(slots + 1, ExitReason.FULL_DEPTH, np.int64)  # why it went no deeper
 
     @property
@@ -37,3 +40,10 @@ class Rows:
 
     def drop(self, slot: int) -> None:
         self.node[slot] = IDLE
+        self.emitted[slot] = np.nan
+
+    def gaps(self, slots: Ints, now: float) -> Times:
+        """Seconds since the last tokens of those slots that had one; from here on `now` is their last."""
+        since = now - self.emitted[slots]
+        self.emitted[slots] = now
+        return since[~np.isnan(since)]

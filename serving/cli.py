@@ -1,0 +1,125 @@
+"""The command ``fathom``."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from serving.errors import RequestError, ServeConfigError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+def _default_target() -> str:
+    return f"localhost:{os.environ.get('FATHOM_GRPC_PORT', '9000')}"
+
+
+Target = Annotated[
+    str, typer.Option(envvar="FATHOM_TARGET", help="host:port of the gRPC service", default_factory=_default_target)
+]
+
+
+@app.command()
+def serve(
+    models: Annotated[list[str] | None, typer.Argument(help="checkpoint folders, zoo/NAME or Hub ids")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file that says what to serve")] = None,
+    grpc_port: Annotated[int | None, typer.Option(envvar="FATHOM_GRPC_PORT")] = None,
+    http_port: Annotated[int | None, typer.Option(envvar="FATHOM_HTTP_PORT")] = None,
+    ingress: Annotated[str | None, typer.Option(help="proxy or haproxy")] = None,
+) -> None:
+    """Serve models until interrupted."""
+    from serving.cluster import local
+    from serving.config import ServeConfig, validated
+
+    file = ServeConfig.read(config) if config is not None else ServeConfig.parse({}, "options")
+    changes: dict[str, Any] = {"grpc_port": grpc_port, "http_port": http_port, "ingress": ingress}
+    if models:
+        changes["models"] = models
+    given = {key: value for key, value in changes.items() if value is not None}
+    local.serve(validated(ServeConfig, {**file.model_dump(), **given}, "options"))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="text to continue; - reads it from standard input")],
+    target: Target,
+    model: Annotated[str, typer.Option(help="which one; may be left out where only one is served")] = "",
+    max_tokens: Annotated[int, typer.Option(help="tokens to generate at most")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token always")] = 0.7,
+    top_k: Annotated[int, typer.Option(help="sample from so many likeliest tokens; 0: all")] = 0,
+    top_p: Annotated[float, typer.Option(help="sample from the likeliest tokens of so much probability")] = 0.95,
+    seed: Annotated[int | None, typer.Option(help="the same seed gives the same text")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="end before this string; may be given again")] = None,
+    timeout: Annotated[float | None, typer.Option(help="seconds")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print each message as a JSON object on a line")] = False,
+) -> None:
+    """Continue a prompt; the text streams."""
+    from protos.fathom.v1 import inference_pb2 as pb
+    from serving import client
+
+    text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+    sampling = pb.SamplingParams(max_tokens=_natural("--max-tokens", max_tokens), temperature=temperature, top_p=top_p)
+    sampling.top_k = _natural("--top-k", top_k)
+    sampling.stop.extend(stop or [])
+    if seed is not None:
+        sampling.seed = _natural("--seed", seed)
+    request = pb.GenerateRequest(model=model, text=text, sampling=sampling, timeout_s=timeout)
+    with client.connected(target) as channel:
+        if not as_json:
+            typer.secho(text, nl=False, dim=True)
+        for message in client.generate(channel, request):
+            if as_json:
+                typer.echo(json.dumps(client.as_dict(message), ensure_ascii=False))
+            else:
+                typer.echo(message.text, nl=False)
+        if not as_json:
+            typer.echo()
+
+
+@app.command()
+def models(target: Target, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """List what a server serves."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from serving import client
+
+    with client.connected(target) as channel:
+        served = client.models(channel)
+    if as_json:
+        typer.echo(json.dumps([client.as_dict(model) for model in served]))
+        return
+    table = Table("name", "family", "parameters", "dtype", "state", "slots", "replicas", "depth")
+    for m in served:
+        state = f"{m.state_bytes_per_sequence / 1e3:,.0f} kB"
+        table.add_row(
+            m.name, m.family, f"{m.parameters:,}", m.dtype, state, str(m.slots), str(m.replicas), str(m.max_depth)
+        )
+    Console().print(table)
+
+
+def _natural(flag: str, value: int) -> int:
+    if value < 0:
+        raise typer.BadParameter(f"{flag} = {value}: must be 0 or more")
+    return value
+
+
+def main() -> None:
+    """The entry point. What a person can mend is said in one line, without a traceback."""
+    try:
+        app()
+    except (RequestError, ServeConfigError) as error:
+        raise SystemExit(f"fathom: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        # By name, so that no command imports torch or grpc only to be ready for their errors.
+        if type(error).__module__ in ("models.errors", "serving.client"):
+            raise SystemExit(f"fathom: {error}") from None
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Ray Serve: the deployments, and how they find each other."""

@@ -1,0 +1,146 @@
+"""The two Ray Serve deployments, and the builders that a serving configuration names.
+
+    import_path: serving.cluster.app:gateway     args: GatewayArgs
+    import_path: serving.cluster.app:model       args: ModelSpec
+
+Each model is an application of its own, without a route; the gateway is the one with a route. They find each other
+through the directory, so any of them can come, go and be upgraded alone.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from google.protobuf.message import Message
+from ray import serve
+from ray.serve import Application
+
+from serving.cluster.directory import BEAT_S, Entry, directory
+from serving.config import GatewaySpec, ModelSpec, Strict, validated
+from serving.gateway.services import Call
+
+log = logging.getLogger("fathom.cluster")
+
+Grpc = Any  # the context that Ray Serve hands to a gRPC method
+
+
+class GatewayArgs(Strict):
+    spec: GatewaySpec = GatewaySpec()
+    models: tuple[str, ...] = ()  # that the gateway is to know of before they are loaded
+
+
+@serve.deployment(name="engine", logging_config={"enable_access_log": False})
+class EngineDeployment:
+    """One replica of one model."""
+
+    async def __init__(self, spec: ModelSpec):
+        from serving.cluster.replica import EngineReplica  # torch is for the engines only
+
+        name = serve.get_replica_context().replica_id.unique_id
+        self._replica = await asyncio.to_thread(EngineReplica, spec, name, asyncio.get_running_loop())
+        address = await self._replica.start(ray.util.get_node_ip_address())
+        self._entry = Entry(name, spec.name, address, self._replica.token)
+        self._directory = directory()
+        self._beating = asyncio.create_task(self._beat())
+
+    async def _beat(self) -> None:
+        while True:
+            with contextlib.suppress(Exception):  # the directory is being restarted: the next beat registers
+                await self._directory.beat.remote(self._entry)
+            await asyncio.sleep(BEAT_S)
+
+    async def check_health(self) -> None:
+        if not self._replica.healthy:
+            raise RuntimeError("several steps in a row have failed")
+
+    async def __del__(self) -> None:
+        self._beating.cancel()
+        with contextlib.suppress(Exception):
+            await self._directory.leave.remote(self._entry.replica)
+        await self._replica.stop()
+
+
+@serve.deployment(name="gateway", logging_config={"enable_access_log": False})
+@serve.ingress()
+class GatewayDeployment:
+    """The front door. Ray Serve's ingress calls the method of an RPC's name."""
+
+    def __init__(self, args: GatewayArgs):
+        from serving.gateway.fleet import Fleet
+        from serving.gateway.metrics import GatewayMetrics
+        from serving.gateway.requests import Requests
+        from serving.gateway.rpc import Rpc
+
+        self._fleet = Fleet(args.models)
+        watch = directory().watch
+        self._fleet.watch(lambda version, timeout_s: watch.remote(version, timeout_s))
+        self._metrics = GatewayMetrics(serve.get_replica_context().replica_id.unique_id)
+        self._rpc = Rpc(Requests(self._fleet, args.spec), self._fleet, args.spec, self._metrics)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        from serving.gateway.http import make_app
+
+        return make_app(self._fleet, self._metrics)
+
+    async def __del__(self) -> None:
+        await self._fleet.close()
+
+    async def Generate(self, call: Call, grpc_context: Grpc) -> AsyncIterator[Message]:  # noqa: N802
+        async with contextlib.aclosing(self._rpc.stream(call, grpc_context)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def Watch(self, call: Call, grpc_context: Grpc) -> AsyncIterator[Message]:  # noqa: N802
+        async with contextlib.aclosing(self._rpc.stream(call, grpc_context)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def Score(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
+        return await self._rpc.unary(call, grpc_context)
+
+    async def List(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
+        return await self._rpc.unary(call, grpc_context)
+
+    async def Get(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
+        return await self._rpc.unary(call, grpc_context)
+
+    async def Check(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
+        return await self._rpc.unary(call, grpc_context)
+
+
+def gateway(args: dict[str, Any]) -> Application:
+    """The application with the route "/". Raises ServeConfigError."""
+    checked = validated(GatewayArgs, args, "gateway")
+    options = {
+        "num_replicas": checked.spec.replicas,
+        "max_ongoing_requests": checked.spec.max_streams,
+        "max_queued_requests": checked.spec.max_streams,
+        "ray_actor_options": {"num_cpus": checked.spec.cpus},
+    }
+    return GatewayDeployment.options(**options).bind(checked)
+
+
+def model(args: dict[str, Any]) -> Application:
+    """The application of one model. Raises ServeConfigError."""
+    spec = validated(ModelSpec, args, "model")
+    options = {
+        "num_replicas": spec.replicas,
+        "ray_actor_options": {"num_cpus": spec.cpus, "num_gpus": gpus(spec)},
+        "health_check_period_s": 2,
+        "health_check_timeout_s": 10,
+        "graceful_shutdown_timeout_s": 20,
+    }
+    return EngineDeployment.options(**options).bind(spec)
+
+
+def gpus(spec: ModelSpec) -> float:
+    """GPUs that one replica sets aside: one where the model will run on a GPU."""
+    if spec.gpus is not None:
+        return spec.gpus
+    if spec.device != "auto":
+        return 0.0 if spec.device == "cpu" else 1.0
+    return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0

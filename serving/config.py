@@ -1,0 +1,115 @@
+"""What to serve: one YAML file, validated once, frozen."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from serving.errors import ServeConfigError
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSpec(Strict):
+    """One model, and the replicas that serve it."""
+
+    path: str  # checkpoint folder, zoo/NAME, or Hub id
+    name: Name = ""  # on the wire; the last part of the path where not given
+    replicas: int = Field(1, ge=1, le=1024)
+    slots: int | None = Field(None, ge=1, le=1_000_000)  # sequences of one replica that run at a time
+    state_memory_mb: float | None = Field(None, gt=0)  # or as many as this holds
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    prefill_tokens: int = Field(256, ge=1, le=1 << 20)  # prompt tokens of one tick
+    max_tokens: int = Field(1 << 20, ge=2)  # of prompt and continuation together
+    max_waiting: int = Field(1024, ge=0)  # requests that one replica queues
+    threads: int | None = Field(None, ge=1, le=1024)  # processor threads of one replica; all where not given
+    cpus: float = Field(0.5, ge=0)  # that Ray sets aside for one replica
+    gpus: float | None = Field(None, ge=0)  # likewise; one where the model runs on a GPU
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, raw: Any) -> Any:
+        if isinstance(raw, str):
+            raw = {"path": raw}
+        if isinstance(raw, dict) and not raw.get("name") and isinstance(raw.get("path"), str):
+            raw = {**raw, "name": Path(raw["path"].rstrip("/")).name}
+        return raw
+
+    @model_validator(mode="after")
+    def _one_capacity(self) -> Self:
+        if self.slots is not None and self.state_memory_mb is not None:
+            raise ValueError("slots and state_memory_mb say the same thing: give one")
+        return self
+
+
+class GatewaySpec(Strict):
+    """The front door: translates between the wire and the engines."""
+
+    replicas: int = Field(1, ge=1, le=1024)
+    cpus: float = Field(0.25, ge=0)
+    max_streams: int = Field(4096, ge=1)  # that one gateway carries at a time
+    max_message_mb: float = Field(4, gt=0, le=1024)
+    default_timeout_s: float = Field(600, gt=0)
+    max_timeout_s: float = Field(3600, gt=0)
+
+
+class ServeConfig(Strict):
+    """The serving file."""
+
+    models: tuple[ModelSpec, ...] = Field((ModelSpec(path="zoo/gla", name="gla"),), min_length=1)
+    gateway: GatewaySpec = GatewaySpec()
+    grpc_port: Port = 9000
+    http_port: Port = 8000
+    ingress: Literal["proxy", "haproxy"] = "proxy"  # Ray Serve's own proxy, or HAProxy in front of the gateways
+    ray_address: str | None = None  # of a running cluster; a local one is started where not given
+    startup_timeout_s: float = Field(300, gt=0)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [m.name for m in self.models]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"models: the name {twice[0]!r} occurs twice")
+        if self.grpc_port == self.http_port:
+            raise ValueError(f"grpc_port and http_port are both {self.grpc_port}")
+        return self
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Raises ServeConfigError naming the file, the key, its value and what it may be."""
+        try:
+            raw = yaml.safe_load(file.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ServeConfigError(f"{file}: {error}") from None
+        if raw is not None and not isinstance(raw, dict):
+            raise ServeConfigError(f"{file}: must be a mapping of keys to values, got {type(raw).__name__}")
+        return cls.parse(raw or {}, str(file))
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any], source: str) -> Self:
+        """As `read`, of values already at hand."""
+        return validated(cls, raw, source)
+
+
+def validated(kind: type[Kind], raw: Any, source: str) -> Kind:
+    """Raises ServeConfigError naming the source, the key, its value and what it may be."""
+    try:
+        return kind.model_validate(raw)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "file"
+        if first["type"] == "extra_forbidden":
+            raise ServeConfigError(f"{source}: {key}: unknown key") from None
+        value = "" if first["type"] == "missing" else f" = {first['input']!r}"
+        raise ServeConfigError(f"{source}: {key}{value}: {first['msg']}") from None

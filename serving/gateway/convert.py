@@ -1,0 +1,134 @@
+"""Between protobuf messages and what the gateway works with. Strict: what is not understood is refused, by name."""
+
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from protos.fathom.v1 import inference_pb2 as pb
+from protos.fathom.v1 import models_pb2
+from serving.engine.core import FinishReason, Output, Usage
+from serving.engine.description import Description
+from serving.engine.params import SamplingParams
+from serving.errors import InvalidArgumentError
+from serving.gateway.requests import Ask, Piece
+
+M = TypeVar("M", bound=Message)
+
+FINISH = {
+    FinishReason.STOP: pb.STOP,
+    FinishReason.LENGTH: pb.LENGTH,
+    FinishReason.DEADLINE: pb.DEADLINE,
+    FinishReason.CANCELLED: pb.CANCELLED,
+}
+
+
+def parse(kind: type[M], body: bytes) -> M:
+    """Raises InvalidArgumentError for bytes that are not such a message, or hold fields that it does not have."""
+    message = kind()
+    try:
+        message.ParseFromString(body)
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError(f"the message is not a valid {kind.DESCRIPTOR.full_name}: {error}") from None
+    _refuse_unknown(message)
+    return message
+
+
+def _refuse_unknown(message: Message) -> None:
+    """A parameter that is ignored in silence would be worse than an error."""
+    name = message.DESCRIPTOR.full_name
+    for unknown in UnknownFieldSet(message):
+        raise InvalidArgumentError(f"field number {unknown.field_number} of {name} is unknown to this server")
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        for part in value if field.is_repeated else (value,):
+            _refuse_unknown(part)
+
+
+def ask_from(request: pb.GenerateRequest) -> Ask:
+    """Raises InvalidArgumentError."""
+    return Ask(
+        prompt=_prompt(request),
+        model=request.model,
+        params=params_from(request.sampling),
+        timeout_s=request.timeout_s if request.HasField("timeout_s") else None,
+        request_id=request.request_id,
+        priority=request.priority,
+    )
+
+
+def ask_from_score(request: pb.ScoreRequest) -> Ask:
+    """Raises InvalidArgumentError."""
+    return Ask(
+        prompt=_prompt(request),
+        model=request.model,
+        timeout_s=request.timeout_s if request.HasField("timeout_s") else None,
+        request_id=request.request_id,
+        priority=request.priority,
+    )
+
+
+def _prompt(request: pb.GenerateRequest | pb.ScoreRequest) -> str | list[int]:
+    which = request.WhichOneof("prompt")
+    if which is None:
+        raise InvalidArgumentError("prompt", None, "give text or tokens")
+    prompt = request.text if which == "text" else list(request.tokens.ids)
+    if not prompt:
+        raise InvalidArgumentError("prompt", prompt, "must not be empty")
+    return prompt
+
+
+def params_from(sampling: pb.SamplingParams) -> SamplingParams:
+    """Fields that are not there take the defaults. Raises InvalidArgumentError."""
+    given = {}
+    for field, value in sampling.ListFields():
+        if field.name == "logit_bias":
+            given[field.name] = dict(value)
+        elif field.is_repeated:
+            given[field.name] = tuple(value)
+        else:
+            given[field.name] = value
+    for field in sampling.DESCRIPTOR.fields:  # a field that is there with its zero value is not listed
+        if field.has_presence and sampling.HasField(field.name):
+            given[field.name] = getattr(sampling, field.name)
+    return SamplingParams(**given)
+
+
+def response_from(piece: Piece) -> pb.GenerateResponse:
+    out = piece.news
+    response = pb.GenerateResponse(
+        request_id=piece.request_id,
+        index=piece.index,
+        text=piece.text,
+        token_ids=out.ids,
+        logprobs=out.logprobs,
+        top_logprobs=[pb.TopLogprobs(token_ids=list(t), logprobs=list(t.values())) for t in out.top_logprobs],
+        depths=out.depths,
+        exit_reasons=out.exit_reasons,
+    )
+    if out.finish_reason is not None:
+        response.finish_reason = FINISH[out.finish_reason]
+    if out.usage is not None:
+        response.usage.CopyFrom(usage_from(out.usage))
+    return response
+
+
+def score_from(request_id: str, ids: list[int], out: Output) -> pb.ScoreResponse:
+    return pb.ScoreResponse(
+        request_id=request_id,
+        token_ids=ids,
+        logprobs=out.logprobs,
+        depths=out.depths,
+        usage=usage_from(out.usage) if out.usage is not None else None,
+    )
+
+
+def usage_from(usage: Usage) -> pb.Usage:
+    return pb.Usage(**{name: getattr(usage, name) for name in pb.Usage.DESCRIPTOR.fields_by_name})
+
+
+def model_from(description: Description, replicas: int, slots: int, has_tokenizer: bool) -> models_pb2.Model:
+    known = models_pb2.Model.DESCRIPTOR.fields_by_name
+    fields = {name: getattr(description, name) for name in Description.__slots__ if name in known}
+    return models_pb2.Model(**{**fields, "replicas": replicas, "slots": slots, "has_tokenizer": has_tokenizer})

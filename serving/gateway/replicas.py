@@ -1,0 +1,159 @@
+"""A gateway's side of the streams to the engine replicas."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+
+import grpc
+from tokenizers import Tokenizer
+
+from protos.fathom.internal.v1 import engine_pb2 as wire
+from protos.fathom.internal.v1 import engine_pb2_grpc
+from serving.cluster.convert import error_from, output_from, submit_from
+from serving.cluster.directory import Entry
+from serving.cluster.link import SIGN_OF_LIFE_S, STREAM_OPTIONS, TOKEN_KEY
+from serving.engine.core import Output, Request
+from serving.engine.description import Description
+from serving.errors import UnavailableError
+
+log = logging.getLogger("fathom.gateway")
+
+SILENCE_S = 10 * SIGN_OF_LIFE_S
+"""A stream that has said nothing for so long is given up: its replica, or the node under it, is gone."""
+
+
+class Mailbox:
+    """News of one request, as it comes from its replica."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[int, Output] = {}  # by continuation
+        self._error: Exception | None = None
+        self._some = asyncio.Event()
+
+    def put(self, out: Output) -> None:
+        known = self._outputs.get(out.index)
+        if known is None:
+            self._outputs[out.index] = out
+        else:
+            known.extend(out)
+        self._some.set()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._some.set()
+
+    async def take(self) -> list[Output]:
+        """All news since the last call, one for each continuation that has some. Raises what ended the request; news
+        that came before it goes first."""
+        await self._some.wait()
+        self._some.clear()
+        outputs, self._outputs = self._outputs, {}
+        if not outputs and self._error is not None:
+            raise self._error
+        if self._error is not None:
+            self._some.set()
+        return list(outputs.values())
+
+
+class ReplicaLost(UnavailableError):
+    """The replica ended, or fell silent, with the request unfinished."""
+
+
+class Replica:
+    """One engine replica: its description, its load, and the requests that this gateway has there."""
+
+    def __init__(self, entry: Entry, on_change: Callable[[], None]):
+        self.entry = entry
+        self.description: Description | None = None  # None until it has introduced itself
+        self.tokenizer: Tokenizer | None = None
+        self.load = wire.Load()
+        self.alive = True
+        self._on_change = on_change
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._commands: asyncio.Queue[wire.Command] = asyncio.Queue()
+        self._channel = grpc.aio.insecure_channel(entry.address, STREAM_OPTIONS)
+        self._stub = engine_pb2_grpc.EngineStub(self._channel)
+        self._task = asyncio.create_task(self._run())
+
+    @property
+    def ready(self) -> bool:
+        return self.alive and self.description is not None and not self.load.draining
+
+    @property
+    def pressure(self) -> float:
+        """How busy it is: below 1 while it has free slots. Counts what this gateway has sent since the last report."""
+        busy = max(self.load.running + self.load.waiting, len(self._mailboxes))
+        return busy / max(1, self.load.slots)
+
+    def submit(self, request: Request, timeout_s: float | None) -> Mailbox:
+        """Send a request. Raises UnavailableError when the replica is gone."""
+        if not self.alive:
+            raise ReplicaLost("the replica is gone")
+        mailbox = self._mailboxes[request.id] = Mailbox()
+        self._commands.put_nowait(wire.Command(submit=submit_from(request, timeout_s)))
+        return mailbox
+
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        if self.alive:
+            self._commands.put_nowait(wire.Command(cancel=wire.Cancel(request_id=request_id, index=index)))
+
+    def forget(self, request_id: str) -> None:
+        """No more news of this request is wanted."""
+        self._mailboxes.pop(request_id, None)
+
+    async def metrics(self) -> str:
+        """The replica's metrics, in Prometheus' text format."""
+        answer = await self._stub.Metrics(wire.MetricsRequest(), metadata=self._credentials(), timeout=2)
+        return str(answer.text)
+
+    async def close(self) -> None:
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+    def _credentials(self) -> tuple[tuple[str, str], ...]:
+        return ((TOKEN_KEY, self.entry.token),)
+
+    async def _run(self) -> None:
+        reason = "its stream ended"
+        try:
+            stream = aiter(self._stub.Attach(self._outgoing(), metadata=self._credentials()))
+            while True:
+                self._take(await asyncio.wait_for(anext(stream), SILENCE_S))
+        except StopAsyncIteration:
+            pass
+        except TimeoutError:
+            reason = f"it was silent for {SILENCE_S:g} s"
+        except grpc.aio.AioRpcError as error:
+            reason = f"{error.code().name}: {error.details()}"
+        except Exception as error:
+            log.exception("reading from replica %s", self.entry.replica)
+            reason = str(error)
+        finally:
+            self.alive = False
+            log.warning("replica %s of %s is gone: %s", self.entry.replica, self.entry.model, reason)
+            for mailbox in self._mailboxes.values():
+                mailbox.fail(ReplicaLost(f"the replica is gone: {reason}"))
+            self._mailboxes.clear()
+            self._on_change()
+            await self._channel.close()
+
+    async def _outgoing(self) -> AsyncIterator[wire.Command]:
+        while True:
+            yield await self._commands.get()
+
+    def _take(self, events: wire.Events) -> None:
+        self.load = events.load
+        if events.description:
+            self.description = Description.from_json(events.description)
+            self.tokenizer = Tokenizer.from_str(events.tokenizer.decode()) if events.tokenizer else None
+            self._on_change()
+        for tokens in events.tokens:
+            mailbox = self._mailboxes.get(tokens.request_id)
+            if mailbox is not None:
+                mailbox.put(output_from(tokens))
+        for failed in events.failures:
+            mailbox = self._mailboxes.pop(failed.request_id, None)
+            if mailbox is not None:
+                mailbox.fail(error_from(failed))

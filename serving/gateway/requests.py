@@ -1,0 +1,180 @@
+"""The life of a request, whatever door it came through: validated, sent to a replica, turned into text."""
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+
+from tokenizers import Tokenizer
+
+from serving.config import GatewaySpec
+from serving.engine.core import FinishReason, Output, Request, Usage
+from serving.engine.params import SamplingParams
+from serving.errors import DeadlineExceededError, FailedPreconditionError, InvalidArgumentError, OverloadedError
+from serving.gateway.fleet import Fleet
+from serving.gateway.replicas import Mailbox, Replica
+from serving.text import TextStream
+
+LONG_TEXT = 1 << 15  # characters; longer ones are encoded off the event loop
+MAX_REQUEST_ID = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a client asks for, in no protocol's terms."""
+
+    prompt: str | list[int]
+    model: str = ""
+    params: SamplingParams = field(default_factory=SamplingParams)
+    timeout_s: float | None = None
+    request_id: str = ""
+    priority: int = 0
+
+
+@dataclass(slots=True)
+class Piece:
+    """A part of one continuation."""
+
+    request_id: str
+    index: int
+    text: str
+    news: Output  # ids, depths, log-probabilities, finish_reason; usage in the last piece of the request
+
+
+class Requests:
+    """Runs requests on a fleet of replicas."""
+
+    def __init__(self, fleet: Fleet, spec: GatewaySpec):
+        self.fleet = fleet
+        self._spec = spec
+        self._open = 0
+
+    async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
+        """Pieces of the continuations as they come. Closing the iterator cancels the request.
+
+        Raises RequestError; DeadlineExceededError after the pieces that were ready.
+        """
+        prepared, tokenizer, eos = await self._prepare(ask, score=False)
+        endings = frozenset((*(() if ask.params.ignore_eos else eos), *ask.params.stop_token_ids))
+        texts = [TextStream(tokenizer, ask.params.stop, endings) for _ in range(ask.params.n)]
+        if ask.params.stop and tokenizer is None:
+            raise InvalidArgumentError("stop", ask.params.stop[0], "this model has no tokenizer: use stop_token_ids")
+        gathered = _Usage()
+        async for replica, out in self._run(prepared, ask):
+            text = texts[out.index]
+            if text.stopped:
+                piece = None
+            else:
+                said, used = text.feed(out.ids, last=out.finish_reason is not None)
+                piece = Piece(prepared.id, out.index, said, _cut(out, used))
+                if text.stopped:
+                    piece.news.finish_reason = FinishReason.STOP
+                    if out.finish_reason is None:
+                        replica.cancel(prepared.id, out.index)
+            usage = gathered.add(out, 0 if piece is None else len(piece.news.ids))
+            if piece is None and usage is not None:
+                piece = Piece(prepared.id, out.index, "", Output(prepared.id, out.index))
+            if piece is not None:
+                piece.news.usage = usage
+                yield piece
+            if out.finish_reason is FinishReason.DEADLINE and usage is not None:
+                raise DeadlineExceededError(f"timeout_s = {self._timeout(ask):g} is over")
+
+    async def score(self, ask: Ask) -> tuple[list[int], Output]:
+        """The prompt's token ids, and the log-probability of each after the first. Raises RequestError."""
+        prepared, _, _ = await self._prepare(ask, score=True)
+        whole = Output(prepared.id, 0)
+        async for _, out in self._run(prepared, ask):
+            whole.extend(out)
+        if whole.finish_reason is FinishReason.DEADLINE:
+            raise DeadlineExceededError(f"timeout_s = {self._timeout(ask):g} is over")
+        return prepared.prompt, whole
+
+    async def _prepare(self, ask: Ask, score: bool) -> tuple[Request, Tokenizer | None, tuple[int, ...]]:
+        """Check everything that can be checked here, and turn text into ids."""
+        model = self.fleet.resolve(ask.model)
+        self._timeout(ask)
+        if len(ask.request_id) > MAX_REQUEST_ID:
+            raise InvalidArgumentError("request_id", ask.request_id, f"at most {MAX_REQUEST_ID} characters")
+        if not -100 <= ask.priority <= 100:
+            raise InvalidArgumentError("priority", ask.priority, "must be from -100 to 100")
+        if not ask.prompt:
+            raise InvalidArgumentError("prompt", ask.prompt, "must not be empty")
+        description, replicas = self.fleet.describe(model)
+        tokenizer = replicas[0].tokenizer
+        ids = ask.prompt
+        if isinstance(ids, str):
+            if tokenizer is None:
+                raise FailedPreconditionError(f"model {model!r} has no tokenizer: give token ids, not text")
+            if len(ids) > LONG_TEXT:
+                ids = (await asyncio.to_thread(tokenizer.encode, ids)).ids
+            else:
+                ids = tokenizer.encode(ids).ids
+        limit = description.max_tokens - (not score)
+        if len(ids) > limit:
+            raise InvalidArgumentError("prompt", f"{len(ids)} tokens", f"at most {limit} tokens fit this model")
+        if max(ids) >= description.vocab_size:
+            raise InvalidArgumentError("prompt", max(ids), f"token ids of this model are below {description.vocab_size}")
+        ask.params.check_vocabulary(description.vocab_size)
+        if ask.params.n > description.slots:
+            raise InvalidArgumentError("n", ask.params.n, f"this model has {description.slots} slots")
+        request = Request(
+            id=ask.request_id or uuid.uuid4().hex,
+            prompt=ids,
+            params=ask.params,
+            score=score,
+            seed=secrets.randbits(63) if ask.params.seed is None else ask.params.seed,
+            priority=ask.priority,
+        )
+        return request, tokenizer, description.eos_token_ids
+
+    def _timeout(self, ask: Ask) -> float:
+        """Seconds that the request may take."""
+        if ask.timeout_s is None:
+            return self._spec.default_timeout_s
+        if not 0 < ask.timeout_s <= self._spec.max_timeout_s:  # NaN is not
+            limit = f"must be above 0, at most {self._spec.max_timeout_s:g}"
+            raise InvalidArgumentError("timeout_s", ask.timeout_s, limit)
+        return ask.timeout_s
+
+    async def _run(self, request: Request, ask: Ask) -> AsyncIterator[tuple[Replica, Output]]:
+        """The engine's news of a request, and which replica it came from."""
+        if self._open >= self._spec.max_streams:
+            raise OverloadedError(f"this gateway carries {self._open} streams, and no more")
+        deadline = time.monotonic() + self._timeout(ask)
+        replica = self.fleet.pick(self.fleet.resolve(ask.model))
+        mailbox: Mailbox = replica.submit(request, deadline - time.monotonic())
+        self._open += 1
+        done = False
+        try:
+            while not done:
+                for out in await mailbox.take():
+                    done = done or out.usage is not None
+                    yield replica, out
+        finally:
+            self._open -= 1
+            replica.forget(request.id)
+            if not done:
+                replica.cancel(request.id)
+
+
+def _cut(out: Output, used: int) -> Output:
+    """The first `used` tokens of some news, without its usage."""
+    if used == len(out.ids):
+        return replace(out, usage=None)
+    lists = ("ids", "depths", "exit_reasons", "logprobs", "top_logprobs")
+    return replace(out, usage=None, **{name: getattr(out, name)[:used] for name in lists})
+
+
+class _Usage:
+    """The usage of a request, counting the tokens that the client was given: the engine may have been a few ahead of
+    a stop string."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+
+    def add(self, out: Output, used: int) -> Usage | None:
+        self._tokens += used
+        return None if out.usage is None else replace(out.usage, completion_tokens=self._tokens)

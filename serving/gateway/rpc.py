@@ -1,0 +1,165 @@
+"""The gRPC door: fathom.v1 and grpc.health.v1."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Protocol
+
+import grpc
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
+
+from protos.fathom.v1 import inference_pb2 as pb
+from protos.fathom.v1 import models_pb2
+from serving import errors
+from serving.config import GatewaySpec
+from serving.errors import NotFoundError, OverloadedError
+from serving.gateway import convert
+from serving.gateway.fleet import Fleet
+from serving.gateway.metrics import GatewayMetrics
+from serving.gateway.requests import Requests
+from serving.gateway.services import Call, services
+
+log = logging.getLogger("fathom.gateway")
+
+STATUS: dict[type[Exception], grpc.StatusCode] = {
+    errors.InvalidArgumentError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.FailedPreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+
+class Context(Protocol):
+    """The part of a gRPC context that Ray Serve gives to a deployment."""
+
+    def set_code(self, code: grpc.StatusCode) -> None: ...
+    def set_details(self, details: str) -> None: ...
+
+
+def status_of(error: BaseException) -> grpc.StatusCode:
+    """The status code that an error is answered with."""
+    for kind in type(error).__mro__:
+        if kind in STATUS:
+            return STATUS[kind]
+    return grpc.StatusCode.INTERNAL
+
+
+class StreamEnded(Exception):
+    """Ends a stream whose context already has a status."""
+
+
+class Rpc:
+    """One method for each RPC: bytes in, messages out, and a status for every error."""
+
+    def __init__(self, requests: Requests, fleet: Fleet, spec: GatewaySpec, metrics: GatewayMetrics):
+        self._requests = requests
+        self._fleet = fleet
+        self._max_bytes = int(spec.max_message_mb * (1 << 20))
+        self._metrics = metrics
+        self._unary = {
+            ("fathom.v1.Inference", "Score"): self._score,
+            ("fathom.v1.Models", "List"): self._list,
+            ("fathom.v1.Models", "Get"): self._get,
+            ("grpc.health.v1.Health", "Check"): self._check,
+        }
+        self._streams = {
+            ("fathom.v1.Inference", "Generate"): self._generate,
+            ("grpc.health.v1.Health", "Watch"): self._watch,
+        }
+
+    async def unary(self, call: Call, context: Context) -> Message:
+        """Answer an RPC with one response. After an error the message is empty, and the context has the status."""
+        try:
+            self._bound(call)
+            answer = await self._unary[call.service, call.method](call.body)
+        except (Exception, asyncio.CancelledError) as error:
+            self._fail(call, error, context)
+            return pb.ScoreResponse()  # nobody reads it
+        self._metrics.ended(call.method, "OK")
+        return answer
+
+    async def stream(self, call: Call, context: Context) -> AsyncIterator[Message]:
+        """Answer an RPC with a stream of responses."""
+        try:
+            self._bound(call)
+            async with aclosing(self._streams[call.service, call.method](call.body)) as answers:
+                async for answer in answers:
+                    yield answer
+        except GeneratorExit:
+            self._metrics.ended(call.method, grpc.StatusCode.CANCELLED.name)
+            raise
+        except (Exception, asyncio.CancelledError) as error:
+            self._fail(call, error, context)
+            # The context travels with a message, and there is none any more; with an exception it travels, too.
+            raise StreamEnded(str(error)) from None
+        self._metrics.ended(call.method, "OK")
+
+    def _bound(self, call: Call) -> None:
+        if len(call.body) > self._max_bytes:
+            raise OverloadedError(f"the message has {len(call.body)} bytes: at most {self._max_bytes} are taken")
+
+    def _fail(self, call: Call, error: BaseException, context: Context) -> None:
+        if isinstance(error, asyncio.CancelledError):
+            self._metrics.ended(call.method, grpc.StatusCode.CANCELLED.name)
+            raise error
+        code = status_of(error)
+        if code is grpc.StatusCode.INTERNAL:
+            log.error("%s/%s failed", call.service, call.method, exc_info=error)
+        context.set_code(code)
+        context.set_details(str(error) or type(error).__name__)
+        self._metrics.ended(call.method, code.name)
+
+    async def _generate(self, body: bytes) -> AsyncIterator[Message]:
+        ask = convert.ask_from(convert.parse(pb.GenerateRequest, body))
+        async with aclosing(self._requests.generate(ask)) as pieces:
+            async for piece in pieces:
+                yield convert.response_from(piece)
+
+    async def _score(self, body: bytes) -> Message:
+        ask = convert.ask_from_score(convert.parse(pb.ScoreRequest, body))
+        ids, out = await self._requests.score(ask)
+        return convert.score_from(out.request_id, ids, out)
+
+    async def _list(self, body: bytes) -> Message:
+        convert.parse(models_pb2.ListModelsRequest, body)
+        ready = [name for name in self._fleet.models if self._fleet.replicas(name)]
+        return models_pb2.ListModelsResponse(models=[self._model(name) for name in ready])
+
+    async def _get(self, body: bytes) -> Message:
+        name = convert.parse(models_pb2.GetModelRequest, body).name
+        return self._model(self._fleet.resolve(name))
+
+    def _model(self, name: str) -> models_pb2.Model:
+        description, replicas = self._fleet.describe(name)
+        slots = sum(r.load.slots for r in replicas)
+        return convert.model_from(description, len(replicas), slots, replicas[0].tokenizer is not None)
+
+    async def _check(self, body: bytes) -> Message:
+        return self._health(convert.parse(health_pb2.HealthCheckRequest, body).service)
+
+    async def _watch(self, body: bytes) -> AsyncIterator[Message]:
+        service = convert.parse(health_pb2.HealthCheckRequest, body).service
+        last = None
+        while True:
+            try:
+                now = self._health(service)
+            except NotFoundError:  # by the health protocol, a watcher waits for a service that is not known yet
+                now = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+            if last is None or now.status != last.status:
+                yield now
+                last = now
+            await self._fleet.changed()
+
+    def _health(self, service: str) -> health_pb2.HealthCheckResponse:
+        """"" is alive when it answers; a service is ready when every model has a replica."""
+        known = {s.full_name for s in services()}
+        if service and service not in known:
+            raise NotFoundError(f"service = {service!r}: must be empty or one of {', '.join(sorted(known))}")
+        ready = not service or all(self._fleet.replicas(name) for name in self._fleet.models)
+        state = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        return health_pb2.HealthCheckResponse(status=state)
+

@@ -25,10 +25,11 @@ def conv(
     *,
     silu: bool,
 ) -> Tensor:
-    """Depthwise causal convolution of packed x [T, C] with weight [C, W] and bias [C], then SiLU if asked -> [T, C].
+    """Depthwise causal convolution of packed x [T, C] with weight [C, W] and bias [C], then SiLU if asked ->
+    [T, C].
 
-    With a pool [slots, depths, W - 1, C] each segment goes on where its last inputs left off, and leaves its own; without
-    one it begins with zeros, and the result is differentiable.
+    With a pool [slots, depths, W - 1, C] each segment goes on where its last inputs left off, and leaves its
+    own; without one it begins with zeros, and the result is differentiable.
     """
     if pool is None:
         zero = x.new_zeros(len(offsets) - 1, weight.shape[1] - 1, x.shape[1], dtype=torch.float32)
@@ -103,8 +104,8 @@ def _shape_only(
 
 
 conv_step = define(
-    "conv_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) pool, Tensor slots, Tensor depths, Tensor offsets, "
-    "bool silu) -> Tensor",
+    "conv_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) pool, Tensor slots, Tensor depths, "
+    "Tensor offsets, bool silu) -> Tensor",
     cpu=_on_cpu,
     gpu=_on_gpu,
     fake=_shape_only,

@@ -1,11 +1,13 @@
-"""Short causal depthwise convolution, one token at a time: y_t = b + sum_w weight[:, w] * x_{t - W + 1 + w}."""
+"""Short causal depthwise convolution, one token at a time: y_t = b + sum_w weight[:, w] * x_{t - W + 1 +
+w}."""
 
 import torch
 from torch import Tensor
 
 
 def conv_naive(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One sequence: x [T, C], weight [C, W], state [W - 1, C] (the last inputs, oldest first) -> y [T, C], state."""
+    """One sequence: x [T, C], weight [C, W], state [W - 1, C] (the last inputs, oldest first) -> y [T, C],
+    state."""
     out = torch.empty_like(x)
     for t in range(x.shape[0]):
         window = torch.cat([state, x[t : t + 1]])  # [W, C]

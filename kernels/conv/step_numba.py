@@ -12,7 +12,7 @@ Ints = npt.NDArray[np.int64]
 CHANNELS = 512  # of one task
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)  # type: ignore[misc]
+@numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)
 def conv_step_numba(
     x: Floats,  # [T, C]
     taps: Floats,  # [W, C]: the weight, transposed

@@ -1,5 +1,7 @@
 """The short convolution in place on a pool of states, as a Triton kernel: one program a block of channels."""
 
+# mypy: disable-error-code="no-untyped-def"
+
 import triton
 import triton.language as tl
 
@@ -39,12 +41,15 @@ def conv_step_kernel(
         bias = tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)
 
     for t in range(first, last):
-        # Input t - W + 1 + w comes from this segment where it lies inside, from the state where it lies before.
+        # Input t - W + 1 + w comes from this segment where it lies inside, from the state where it lies
+        # before.
         source = t - (W - 1) + w
         fresh = (source >= first)[:, None] & mask
         stale = (source < first)[:, None] & mask
         window = tl.load(x_ptr + source[:, None] * C + c[None, :], mask=fresh, other=0.0).to(tl.float32)
-        window += tl.load(state_ptr + (source - first + W - 1)[:, None] * C + c[None, :], mask=stale, other=0.0)
+        window += tl.load(
+            state_ptr + (source - first + W - 1)[:, None] * C + c[None, :], mask=stale, other=0.0
+        )
         y = tl.sum(window * weight, axis=0)
         if BIAS:
             y += bias

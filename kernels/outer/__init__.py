@@ -30,24 +30,28 @@ def outer(
     *,
     scale: float,
     bonus: Tensor | None = None,
+    by_value: bool = False,
 ) -> Tensor:
-    """Advance each segment's state over its tokens and read it: packed q [T, Hq, K], k [T, Hk, K], v [T, Hv, V], log
-    decay g (None, [T, H] or [T, Hg, K]), bonus [H, K] -> o [T, Ho, V].
+    """Advance each segment's state over its tokens and read it: packed q [T, Hq, K], k [T, Hk, K], v [T, Hv,
+    V], log decay g (None, [T, H], [T, Hg, K], or [T, Hg, V] where it is by_value), bonus [H, K] -> o [T, Ho,
+    V].
 
-    With a pool [slots, depths, H, K, V] the states are read and written in place; without one they start from zero
-    and are dropped, and the result is differentiable (training).
+    With a pool [slots, depths, H, K, V] the states are read and written in place; without one they start from
+    zero and are dropped, and the result is differentiable (training).
     """
-    if pool is None and not q.is_cuda and bonus is None:
+    if by_value and (bonus is not None or g is None or g.dim() != 3):
+        raise ValueError("by_value: needs a log decay g [T, Hg, V], and takes no bonus")
+    if pool is None and not q.is_cuda and bonus is None and not by_value:
         return outer_train(q, k, v, g, offsets, scale).to(q.dtype)
     if pool is None:
         H = max(k.shape[1], v.shape[1], g.shape[1] if g is not None else 1)
         zero = q.new_zeros(len(offsets) - 1, H, k.shape[2], v.shape[2], dtype=torch.float32)
-        return outer_scan(q, k, v, g, zero, offsets, scale, bonus)[0].to(q.dtype)
+        return outer_scan(q, k, v, g, zero, offsets, scale, bonus, by_value)[0].to(q.dtype)
     if q.is_cuda and q.shape[0] >= 16 * slots.shape[0]:  # long segments: matrix products beat the recurrence
-        out, state = outer_scan(q, k, v, g, pool[slots, depths], offsets, scale, bonus)
+        out, state = outer_scan(q, k, v, g, pool[slots, depths], offsets, scale, bonus, by_value)
         pool[slots, depths] = state
         return out.to(q.dtype)
-    return outer_step(q, k, v, g, bonus, pool, slots, depths, offsets, scale)
+    return outer_step(q, k, v, g, bonus, pool, slots, depths, offsets, scale, by_value)
 
 
 def _on_cpu(
@@ -61,6 +65,7 @@ def _on_cpu(
     depths: Tensor,
     offsets: Tensor,
     scale: float,
+    by_value: bool = False,
 ) -> Tensor:
     H = pool.shape[2]
     out = np.empty((q.shape[0], max(H, q.shape[1]), v.shape[2]), np.float32)
@@ -81,6 +86,7 @@ def _on_cpu(
         out,
         H,
         np.float32(scale),
+        by_value,
     )
     return torch.from_numpy(out).to(q.dtype)
 
@@ -96,6 +102,7 @@ def _on_gpu(
     depths: Tensor,
     offsets: Tensor,
     scale: float,
+    by_value: bool = False,
 ) -> Tensor:
     import triton
 
@@ -103,7 +110,7 @@ def _on_gpu(
 
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     g = q if g is None else g.contiguous()
-    decay = 0 if g is q else g.dim() - 1
+    decay = 0 if g is q else 3 if by_value else g.dim() - 1
     _, _, H, K, V = pool.shape
     HO = max(H, q.shape[1])
     out = q.new_empty(q.shape[0], HO, V)
@@ -129,13 +136,14 @@ def _shape_only(
     depths: Tensor,
     offsets: Tensor,
     scale: float,
+    by_value: bool = False,
 ) -> Tensor:
     return q.new_empty(q.shape[0], max(pool.shape[2], q.shape[1]), v.shape[2])
 
 
 outer_step = define(
-    "outer_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? bonus, Tensor(a!) pool, Tensor slots, Tensor depths, "
-    "Tensor offsets, float scale) -> Tensor",
+    "outer_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? bonus, Tensor(a!) pool, Tensor slots, "
+    "Tensor depths, Tensor offsets, float scale, bool by_value=False) -> Tensor",
     cpu=_on_cpu,
     gpu=_on_gpu,
     fake=_shape_only,

@@ -1,8 +1,10 @@
-"""The outer-product recurrence in place on a pool of states, as a Triton kernel.
+"""The outer-product recurrence in place on a pool of states, as Triton kernels.
 
-One program owns a tile [K, BLOCK_V] of one head's state: it reads it once, walks through the segment's tokens with
-the tile in registers, and writes it once. Decay and bonus variants are compile-time branches.
+One program owns a tile [K, BLOCK_V] of one head's state: it reads it once, walks through the segment's tokens
+with the tile in registers, and writes it once. Decay and bonus variants are compile-time branches.
 """
+
+# mypy: disable-error-code="no-untyped-def"
 
 import triton
 import triton.language as tl
@@ -13,7 +15,7 @@ def outer_step_kernel(
     q_ptr,  # [T, HQ, K]
     k_ptr,  # [T, HK, K]
     v_ptr,  # [T, HV, V]
-    g_ptr,  # log decay: [T, HG, K] (DECAY 2), [T, HG] (DECAY 1), unused (DECAY 0)
+    g_ptr,  # log decay: [T, HG, V] (DECAY 3), [T, HG, K] (DECAY 2), [T, HG] (DECAY 1), unused (DECAY 0)
     u_ptr,  # bonus [H, K], unused without BONUS
     pool_ptr,  # [slots, depths, H, K, V], float32
     slots_ptr,  # [N] int64
@@ -60,6 +62,9 @@ def outer_step_kernel(
         write = k[:, None] * v[None, :]
         if BONUS:
             seen = S + u[:, None] * write
+        if DECAY == 3:
+            g = tl.load(g_ptr + (t * HG + h * HG // H) * V + j, mask=in_v, other=0.0).to(tl.float32)
+            S = S * tl.exp(g)[None, :]
         if DECAY == 2:
             g = tl.load(g_ptr + (t * HG + h * HG // H) * K + i, mask=in_k, other=0.0).to(tl.float32)
             S = S * tl.exp(g)[:, None]
@@ -75,3 +80,59 @@ def outer_step_kernel(
             tl.store(out_ptr + (t * HO + ho) * V + j, o.to(out_ptr.dtype.element_ty), mask=in_v)
 
     tl.store(tile_ptr, S, mask=mask)
+
+
+@triton.jit
+def mlstm_normalise_kernel(
+    q_ptr,  # [T, H, K]
+    k_ptr,  # [T, H, K]
+    i_ptr,  # [T, H], before the exponential
+    f_ptr,  # [T, H], before the sigmoid
+    n_ptr,  # [slots, depths, H, K], float32
+    m_ptr,  # [slots, depths, H], float32
+    slots_ptr,  # [N] int64
+    depths_ptr,  # [N] int64
+    offsets_ptr,  # [N + 1] int64
+    q_out_ptr,  # [T, H, K], float32
+    k_out_ptr,  # [T, H, K], float32
+    g_out_ptr,  # [T, H], float32
+    scale,
+    eps,
+    n_slot_stride,
+    n_depth_stride,
+    m_slot_stride,
+    m_depth_stride,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # K, to the next power of two
+):
+    segment = tl.program_id(0) // H
+    h = tl.program_id(0) % H
+    slot = tl.load(slots_ptr + segment).to(tl.int64)
+    depth = tl.load(depths_ptr + segment).to(tl.int64)
+    first = tl.load(offsets_ptr + segment)
+    last = tl.load(offsets_ptr + segment + 1)
+    x = tl.arange(0, BLOCK_K)
+    mask = x < K
+    n_at = n_ptr + slot * n_slot_stride + depth * n_depth_stride + h * K + x
+    m_at = m_ptr + slot * m_slot_stride + depth * m_depth_stride + h
+    n = tl.load(n_at, mask=mask, other=0.0)
+    m = tl.load(m_at)
+
+    for t in range(first, last):
+        q = tl.load(q_ptr + (t * H + h) * K + x, mask=mask, other=0.0).to(tl.float32)
+        k = tl.load(k_ptr + (t * H + h) * K + x, mask=mask, other=0.0).to(tl.float32)
+        i = tl.load(i_ptr + t * H + h).to(tl.float32)
+        f = tl.load(f_ptr + t * H + h).to(tl.float32)
+        decayed = m + tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f)))
+        m = tl.maximum(decayed, i)
+        k = k * tl.exp(i - m)
+        n = n * tl.exp(decayed - m) + k
+        read = tl.abs(tl.sum(q * n, axis=0) * scale)
+        factor = scale / (tl.maximum(read, tl.exp(tl.minimum(-m, 88.0))) + eps)
+        tl.store(q_out_ptr + (t * H + h) * K + x, q * factor, mask=mask)
+        tl.store(k_out_ptr + (t * H + h) * K + x, k, mask=mask)
+        tl.store(g_out_ptr + t * H + h, decayed - m)
+
+    tl.store(n_at, n, mask=mask)
+    tl.store(m_at, m)

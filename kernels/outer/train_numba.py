@@ -1,9 +1,9 @@
-"""The outer-product recurrence and its gradient on a CPU, for training: two passes over the tokens, with the state
-of one head in cache.
+"""The outer-product recurrence and its gradient on a CPU, for training: two passes over the tokens, with the
+state of one head in cache.
 
-With dS_t = scale q_t do_t^T + exp(g_{t+1}) dS_{t+1}, the gradients are dq_t = scale S_t do_t, dk_t = dS_t v_t,
-dv_t = dS_t^T k_t, and for the log decay the running sum from the end, dg_t = dg_{t+1} + q_t dq_t - k_t dk_t
-(GLA, arXiv 2312.06635, section 4.3).
+With dS_t = scale q_t do_t^T + exp(g_{t+1}) dS_{t+1}, the gradients are dq_t = scale S_t do_t, dk_t = dS_t
+v_t, dv_t = dS_t^T k_t, and for the log decay the running sum from the end, dg_t = dg_{t+1} + q_t dq_t - k_t
+dk_t (GLA, arXiv 2312.06635, section 4.3).
 """
 
 from typing import Any
@@ -19,8 +19,10 @@ from kernels.pool import as_float32
 Floats = npt.NDArray[np.float32]
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)  # type: ignore[misc]
-def _forward(q: Floats, k: Floats, v: Floats, decay: Floats, offsets: npt.NDArray[np.int64], out: Floats) -> None:
+@numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)
+def _forward(
+    q: Floats, k: Floats, v: Floats, decay: Floats, offsets: npt.NDArray[np.int64], out: Floats
+) -> None:
     """q (scaled), k, decay [T, H, K], v, out [T, H, V]; every segment from a zero state."""
     H, K, V = q.shape[1], q.shape[2], v.shape[2]
     for task in numba.prange((len(offsets) - 1) * H):
@@ -37,7 +39,7 @@ def _forward(q: Floats, k: Floats, v: Floats, decay: Floats, offsets: npt.NDArra
                     o[j] += q_i * x
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)  # type: ignore[misc]
+@numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)
 def _backward(
     q: Floats,
     k: Floats,
@@ -107,5 +109,8 @@ def outer_train(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, offsets: Tens
         g = torch.zeros_like(k)
     if g.dim() == 2:
         g = g.unsqueeze(-1).expand(-1, -1, k.shape[2])
-    each = [x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1) for x in (q * scale, k, v, g)]
-    return _Outer.apply(*each, offsets)  # type: ignore[no-untyped-call]
+    each = [
+        x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+        for x in (q * scale, k, v, g)
+    ]
+    return _Outer.apply(*each, offsets)

@@ -120,8 +120,22 @@ class Checkpoint:
                     digest.update(f.read(1 << 14))
         return digest.hexdigest()[:32]
 
+    def check(self, model: nn.Module, names: Names) -> None:
+        """Compare names and shapes with what a model asks for, without reading the weights.
+
+        Raises CheckpointError naming the file, the tensor and both shapes.
+        """
+        for _ in self._matched(model, names):
+            pass
+
+    @torch.no_grad()
     def load_into(self, model: nn.Module, names: Names) -> None:
-        """Fill every parameter from the files. Raises CheckpointError naming the file, the tensor and both shapes."""
+        """Fill every parameter from the files. Raises as `check`."""
+        for key, opened, target in self._matched(model, names):
+            target.copy_(opened.get_tensor(key))
+
+    def _matched(self, model: nn.Module, names: Names) -> Iterator[tuple[str, Any, Tensor]]:
+        """(tensor's name, the open file that holds it, the parameter that it fills), shapes compared."""
         with ExitStack() as stack:
             where: dict[str, tuple[Path, Any]] = {}
             for file in self.weight_files():
@@ -143,8 +157,7 @@ class Checkpoint:
                     raise CheckpointError(
                         f"{file}: tensor {key} has shape {shape}, the configuration asks for {list(target.shape)}"
                     )
-                with torch.no_grad():
-                    target.copy_(opened.get_tensor(key))
+                yield key, opened, target
             spare = sorted(key for key in where if not BUFFERS.search(key) and key != "lm_head.weight")
             if spare:
                 raise CheckpointError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.batch import Batch
 from models.layers import Linear
+from models.paths import Node, Path
 from models.state import LayerLeaves, LayerState, Layout
 
 
@@ -57,7 +58,7 @@ class Block(nn.Module):
 class Stage:
     name: str
     layers: range
-    depths: int = 1  # how many times a row may pass through
+    head: bool = False  # ends with the final norm and the head
 
 
 class Decoder(nn.Module):
@@ -76,7 +77,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.lm_head = lm_head
-        self.stages: tuple[Stage, ...] = (Stage("stack", range(len(layers))),)
+        self.stages: tuple[Stage, ...] = (Stage("stack", range(len(layers)), head=True),)
+        self.default_depth = "full"  # policy of a request that does not give one
+        self.signals: frozenset[str] = frozenset()  # exit signals of its own: router, gate
 
     @property
     def vocab_size(self) -> int:
@@ -97,7 +100,11 @@ class Decoder(nn.Module):
     def layout(self) -> Layout:
         return Layout.of([layer.mixer.leaves() for layer in self.layers])
 
-    def embed(self, ids: Tensor, batch: Batch) -> Tensor:
+    def path(self) -> Path:
+        """The way of a token that goes the whole depth, with the exits that it passes."""
+        return Path((Node(0, units=1),))
+
+    def embed(self, ids: Tensor) -> Tensor:
         """ids [T] -> rows [T, row_width]."""
         return self.embeddings(ids)
 
@@ -115,7 +122,7 @@ class Decoder(nn.Module):
 
     def forward(self, ids: Tensor, batch: Batch) -> Tensor:
         """Every stage once, from an empty state: packed ids [T] -> logits [T, vocab_size]. For training."""
-        rows = self.embed(ids, batch)
+        rows = self.embed(ids)
         for stage in range(len(self.stages)):
             rows = self.run(stage, rows, batch, None)
         return self.logits(rows)
@@ -123,8 +130,8 @@ class Decoder(nn.Module):
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self) -> int:
-        """Multiply-adds count as two; the embedding lookup is free."""
+    def flops_per_token(self, units: float | None = None) -> float:
+        """Of a token that goes so deep, or the whole depth. Multiply-adds count as two; the embedding lookup is free."""
         head = self.vocab_size * self.row_width
         weights = sum(p.numel() for p in self.layers.parameters()) + head
         return 2 * weights + sum(layer.mixer.flops() for layer in self.layers)

@@ -27,7 +27,7 @@ def bits_per_byte(model: Decoder, tokenizer: Tokenizer, texts: tuple[str, ...]) 
         ids = torch.tensor([boundary, *tokenizer.encode(text).ids], device=model.device)
         for start in range(0, len(ids) - 1, CHUNK):
             chunk = ids[start : start + CHUNK]
-            rows = model.embed(chunk, batch := _one(start, len(chunk), model.device))
+            rows, batch = model.embed(chunk), _one(start, len(chunk), model.device)
             for stage in range(len(model.stages)):
                 rows = model.run(stage, rows, batch, pool.layers)
             targets = ids[start + 1 : start + 1 + len(chunk)]

@@ -92,7 +92,7 @@ class EngineMetrics(Observer):
         self._tick.observe(seconds)
         self._rows.observe(len(tick.slots))
         if tick.chunks:
-            tokens = sum(len(chunk.ids) for chunk in tick.chunks)
+            tokens = tick.prefill_tokens
             self._prefill_tokens.observe(tokens)
             self._prompt.inc(tokens)
 

@@ -49,7 +49,7 @@ def build(spec: ModelSpec, observer: Observer | None = None) -> tuple[Engine, Lo
         flops_per_token=model.flops_per_token(),
         fingerprint=loaded.fingerprint,
         slots=slots,
-        max_depth=engine.runner.path.full_depth,
+        max_depth=engine.runner.path(engine.runner.default_depth).full_depth,
     )
     return engine, loaded, description
 

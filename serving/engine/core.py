@@ -1,12 +1,13 @@
 """The nouns that everyone in the engine shares."""
 
 from dataclasses import dataclass, field
-from enum import IntEnum, StrEnum
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from models.paths import NOWHERE
 from serving.engine.params import SamplingParams
 
 Ints = npt.NDArray[np.int64]
@@ -18,19 +19,6 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     DEADLINE = "deadline"
     CANCELLED = "cancelled"
-
-
-class ExitReason(IntEnum):
-    """Why a token left at the depth it did; the numbers are those of the wire."""
-
-    FULL_DEPTH = 1
-    FIXED_DEPTH = 2
-    ROUTED = 3
-    GATED = 4
-    CONFIDENT = 5
-    CONVERGED = 6
-    GOVERNED = 7
-    OUT_OF_TIME = 8
 
 
 @dataclass(slots=True)
@@ -58,20 +46,30 @@ class Sequence:
     index: int
     slot: int
     seed: int
-    prefilled: int = 0  # prompt tokens whose state is in the slot
+    slots: Ints = field(default_factory=lambda: np.zeros(0, np.int64))  # all that it holds, `slot` first
+    path: int = 0
+    prefilled: int = 0  # prompt tokens whose state is in the slots
     generated: int = 0
+    units: int = 0  # depth of all generated tokens together
     finished: FinishReason | None = None
 
 
 @dataclass(slots=True)
 class Chunk:
-    """Prompt tokens of one sequence that walk through the stages together."""
+    """Prompt tokens of one sequence that walk through the stages together. Those that leave early wait, and join the
+    others again where their paths meet."""
 
     sequence: Sequence
     ids: Ints
     start: int  # position of the first
+    active: Ints  # indices of the tokens that are walking
+    units: Ints  # depth that each has reached
+    reasons: Ints
     node: int = 0
+    since: int = 0  # the tick at which it was parked
+    meet: int = NOWHERE  # node where those that have left wait
     rows: Any = None  # the runner's, between stages: [len(ids), row width]
+    scratch: Any = None  # likewise
 
     @property
     def last(self) -> bool:
@@ -81,16 +79,27 @@ class Chunk:
 
 @dataclass(slots=True)
 class Tick:
-    """One run of one stage, for all rows and chunks parked there."""
+    """One run of one stage, for all rows and chunks parked there. Its tokens are those of `slots`, one each, then the
+    active ones of each chunk."""
 
     stage: int
     slots: Ints  # decoding rows
+    nodes: Ints  # where each is on its path
     chunks: list[Chunk]
     final: bool  # the stage ends with the head
+    wanted: dict[str, Ints] = field(default_factory=dict)  # signal -> the tokens whose policies look at it
 
     @property
-    def tokens(self) -> int:
-        return len(self.slots) + sum(len(chunk.ids) for chunk in self.chunks)
+    def prefill_tokens(self) -> int:
+        return sum(len(chunk.active) for chunk in self.chunks)
+
+
+@dataclass(slots=True)
+class Result:
+    """What a tick gave: the signals that were wanted, or, after a final stage, what was sampled."""
+
+    signals: dict[str, Floats] = field(default_factory=dict)  # signal -> a value for each token that wanted it
+    sampled: "Sampled | None" = None
 
 
 @dataclass(slots=True)

@@ -1,7 +1,9 @@
 """The engine: token ids in, token ids out. It knows neither Ray nor gRPC nor text."""
 
 import time
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 from serving.engine.core import Chunk, FinishReason, Load, Output, Request, Sampled, Sequence, Tick, Usage
 from serving.engine.observer import Observer
@@ -34,24 +36,21 @@ class Engine:
         self.observer = observer or Observer()
         self.clock = clock
         self.scheduler = Scheduler(
-            runner.path,
-            slots,
-            prefill_tokens=prefill_tokens,
-            max_waiting=max_waiting,
-            clock=clock,
-            on_admit=self._admitted,
+            runner.final_stages, slots, prefill_tokens=prefill_tokens, max_waiting=max_waiting, clock=clock
         )
 
     def step(self) -> list[Output]:
         """Run one stage once. Returns what is new."""
         outputs = self._expire()
-        tick = self.scheduler.schedule()
+        tick = self._schedule()
         if tick is None:
             return outputs
         started = self.clock()
-        sampled = self.runner.run(tick, self.scheduler.rows)
-        self.observer.ticked(tick, self.clock() - started)
-        return outputs + self._emit(tick, sampled)
+        result = self.runner.run(tick, self.scheduler.rows, self.scheduler.paths)
+        self.scheduler.decide(tick, result.signals)
+        outputs += self._emit(tick, result.sampled)
+        self._ran(tick, self.clock() - started)
+        return outputs
 
     @property
     def busy(self) -> bool:
@@ -73,13 +72,24 @@ class Engine:
             wrong = low if low < 0 else high
             raise InvalidArgumentError("prompt", wrong, f"token ids of this model are 0 to {self.runner.vocab_size - 1}")
         request.params.check_vocabulary(self.runner.vocab_size)
-        self.scheduler.submit(request)
+        policy = request.params.policy or self.runner.default_depth
+        request.params = replace(request.params, depth=policy)
+        self.scheduler.submit(request, self.runner.path(policy))
 
     def cancel(self, request_id: str, index: int | None = None) -> list[Output]:
         """Stop a request, or one of its continuations, and free its slots at once. Unknown ids are ignored: the
         request may just have ended."""
         request = self.scheduler.requests.get(request_id)
         return [] if request is None else self._stop(request, FinishReason.CANCELLED, index)
+
+    def _schedule(self) -> Tick | None:
+        for sequence in self.scheduler.admit():
+            self.runner.admit(sequence, self._endings(sequence.request))
+        return self.scheduler.schedule()
+
+    def _ran(self, tick: Tick, seconds: float) -> None:
+        self.scheduler.ran(tick, seconds)
+        self.observer.ticked(tick, seconds)
 
     def _expire(self) -> list[Output]:
         return [out for request in self.scheduler.expired() for out in self._stop(request, FinishReason.DEADLINE)]
@@ -99,9 +109,6 @@ class Engine:
                 self._finish(sequence, reason, out)
         return outputs
 
-    def _admitted(self, sequence: Sequence) -> None:
-        self.runner.admit(sequence, self._endings(sequence.request))
-
     def _endings(self, request: Request) -> tuple[int, ...]:
         own = () if request.params.ignore_eos else self.eos_token_ids
         return (*own, *request.params.stop_token_ids)
@@ -111,49 +118,61 @@ class Engine:
         if sampled is None:
             return []
         outputs = []
+        rows, now = self.scheduler.rows, self.clock()
         for chunk in tick.chunks:
-            self.scheduler.prefilled(chunk)
-            if chunk.sequence.request.score:
-                outputs.append(self._scored(chunk, sampled))
-            elif chunk.last:
-                for other in chunk.sequence.request.sequences:
-                    if other is not chunk.sequence and other.finished is None:
-                        self.runner.fork(chunk.sequence.slot, other.slot)
-        running, now = self.scheduler.running, self.clock()
-        self.observer.emitted(len(sampled.slots), self.scheduler.rows.gaps(sampled.slots, now))
+            outputs += self._prefilled(chunk, sampled)
+        self.observer.emitted(len(sampled.slots), rows.gaps(sampled.slots, now))
+        running = self.scheduler.running
         for row, slot in enumerate(sampled.slots.tolist()):
             outputs.append(self._token(running[slot], row, sampled, now))
         return outputs
 
+    def _prefilled(self, chunk: Chunk, sampled: Sampled) -> list[Output]:
+        """A chunk has passed the final stage."""
+        sequence, rows = chunk.sequence, self.scheduler.rows
+        self.scheduler.through(chunk)
+        if sequence.request.score:
+            return [self._scored(chunk, sampled)]
+        if chunk.last:
+            for other in sequence.request.sequences:
+                if other.finished is not None:
+                    continue
+                if other is not sequence:
+                    self.runner.fork(sequence, other)
+                rows.units[other.slot], rows.reason[other.slot] = chunk.units[-1], chunk.reasons[-1]
+        return []
+
     def _token(self, sequence: Sequence, row: int, sampled: Sampled, now: float) -> Output:
         """One new token of one sequence."""
         request, rows, slot = sequence.request, self.scheduler.rows, sequence.slot
-        token = int(sampled.ids[row])
+        token, units = int(sampled.ids[row]), int(rows.units[slot])
         sequence.generated += 1
-        out = Output(request.id, sequence.index, [token], [self.scheduler.path.full_depth], [int(rows.reason[slot])])
+        sequence.units += units
+        out = Output(request.id, sequence.index, [token], [units], [int(rows.reason[slot])])
         if sampled.logprobs is not None and request.params.logprobs is not None:
             out.logprobs.append(float(sampled.logprobs[row]))
             out.top_logprobs.append(_alternatives(sampled, row, request.params.logprobs))
         if request.first_token is None:
             request.first_token = now
+        length = len(request.prompt) + sequence.generated
         if token in self._endings(request) and sequence.generated >= request.params.min_tokens:
             self._finish(sequence, FinishReason.STOP, out)
-        elif (
-            sequence.generated >= request.params.max_tokens
-            or len(request.prompt) + sequence.generated >= self.max_tokens
-        ):
+        elif sequence.generated >= request.params.max_tokens or length >= self.max_tokens:
             self._finish(sequence, FinishReason.LENGTH, out)
         else:
-            rows.feed(slot, token, len(request.prompt) + sequence.generated - 1, self.scheduler.tick)
+            rows.feed(slot, token, length - 1, self.scheduler.tick)
         return out
 
     def _scored(self, chunk: Chunk, sampled: Sampled) -> Output:
         """Log-probabilities of a chunk of a prompt that is only scored."""
         request = chunk.sequence.request
         scores = sampled.scores[chunk.sequence.slot]
-        depth = self.scheduler.path.full_depth
-        ids = request.prompt[chunk.start + 1 : chunk.start + 1 + len(scores)]
-        out = Output(request.id, 0, ids, [depth] * len(ids), [1] * len(ids), scores.tolist())
+        count = len(scores)
+        ids = request.prompt[chunk.start + 1 : chunk.start + 1 + count]
+        chunk.sequence.units += int(chunk.units[:count].sum())
+        chunk.sequence.generated += count
+        depths, reasons = chunk.units[:count].tolist(), chunk.reasons[:count].tolist()
+        out = Output(request.id, 0, ids, depths, reasons, scores.tolist())
         if chunk.last:
             self._finish(chunk.sequence, FinishReason.STOP, out)
         return out
@@ -170,14 +189,22 @@ class Engine:
         now = self.clock()
         admitted = now if request.admitted is None else request.admitted
         first = now if request.first_token is None else request.first_token
+        tokens = sum(s.generated for s in request.sequences)
+        mean_depth = sum(s.units for s in request.sequences) / tokens if tokens else 0.0
         return Usage(
             prompt_tokens=len(request.prompt),
-            completion_tokens=sum(s.generated for s in request.sequences),
-            mean_depth=float(self.scheduler.path.full_depth),
+            completion_tokens=0 if request.score else tokens,
+            mean_depth=mean_depth,
+            flops_saved=self._saved(request, mean_depth) if tokens else 0.0,
             queue_s=admitted - request.arrival,
             prefill_s=max(0.0, first - admitted),
             decode_s=now - first,
         )
+
+    def _saved(self, request: Request, mean_depth: float) -> float:
+        """Share of the operations of the full depth that the request's tokens did without."""
+        full = self.runner.path(self.runner.default_depth).full_depth
+        return max(0.0, 1 - self.runner.flops(mean_depth) / self.runner.flops(full))
 
 
 def _alternatives(sampled: Sampled, row: int, count: int) -> dict[int, float]:
@@ -185,4 +212,3 @@ def _alternatives(sampled: Sampled, row: int, count: int) -> dict[int, float]:
         return {}
     pairs = zip(sampled.top_ids[row, :count], sampled.top_logprobs[row, :count], strict=True)
     return {int(token): float(logprob) for token, logprob in pairs}
-

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from serving.engine.depth import DepthPolicy
 from serving.errors import InvalidArgumentError
 
 MAX_N = 128
@@ -36,10 +37,15 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # of each token, and of this many likeliest alternatives
+    depth: DepthPolicy | str | None = None  # the model's default where None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        if isinstance(self.depth, str):
+            object.__setattr__(self, "depth", DepthPolicy.parse(self.depth))
+        if self.depth is not None and not isinstance(self.depth, DepthPolicy):
+            raise InvalidArgumentError("depth", self.depth, "must be a DepthPolicy, or text like fixed(2)")
         _whole("n", self.n, 1, MAX_N)
         _whole("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _whole("min_tokens", self.min_tokens, 0, self.max_tokens, "max_tokens")
@@ -69,6 +75,12 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def policy(self) -> DepthPolicy | None:
+        """The depth policy; text has been parsed by now."""
+        assert not isinstance(self.depth, str)
+        return self.depth
 
     @property
     def penalised(self) -> bool:

@@ -1,30 +1,52 @@
-"""The way of a token through the stages of a model."""
+"""The paths in use, by number."""
 
-from dataclasses import dataclass
+import numpy as np
+import numpy.typing as npt
 
+from models.paths import NOWHERE, Path
+from serving.engine.core import Ints
 
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One pass through one stage."""
-
-    stage: int
-    depth: int = 0  # which instance of the stage's state
-    units: int = 1  # depth that a token has reached once it is through
-    exit_to: int | None = None  # node that a token goes to if it leaves here early
+COLUMNS = ("stage", "depth", "occurrence", "units", "exit_to")
 
 
-@dataclass(frozen=True, slots=True)
-class Path:
-    """Nodes in order. The last one ends with the head: a token that is through it is ready to be sampled."""
+class PathTable:
+    """Paths by number, as arrays [path, node], so that a tick moves all its rows at once."""
 
-    nodes: tuple[Node, ...]
+    def __init__(self) -> None:
+        self._paths: list[Path] = []
+        self._users: list[int] = []
+        self._columns: dict[str, npt.NDArray[np.int64]] = {}
+        self._fill()
 
-    @property
-    def full_depth(self) -> int:
-        return self.nodes[-1].units
+    def add(self, path: Path) -> int:
+        """The number of a path that is about to be used; equal paths share one."""
+        if path in self._paths:
+            number = self._paths.index(path)
+        elif 0 in self._users[1:]:  # number 0 is the model's own and stays
+            number = self._users.index(0, 1)
+            self._paths[number] = path
+        else:
+            number = len(self._paths)
+            self._paths.append(path)
+            self._users.append(0)
+        self._users[number] += 1
+        self._fill()
+        return number
 
-    def next(self, node: int, leave: bool) -> int | None:
-        """The node after this one; None when the token is through."""
-        if leave and (target := self.nodes[node].exit_to) is not None:
-            return target
-        return node + 1 if node + 1 < len(self.nodes) else None
+    def release(self, number: int) -> None:
+        self._users[number] -= 1
+
+    def __getitem__(self, number: int) -> Path:
+        return self._paths[number]
+
+    def look(self, column: str, paths: Ints, nodes: Ints) -> Ints:
+        """A column's values at these nodes of these paths."""
+        return self._columns[column][paths, nodes]
+
+    def _fill(self) -> None:
+        longest = max((len(path.nodes) for path in self._paths), default=0)
+        for name in COLUMNS:
+            column = np.full((len(self._paths), longest), NOWHERE, np.int64)
+            for number, path in enumerate(self._paths):
+                column[number, : len(path.nodes)] = [getattr(node, name) for node in path.nodes]
+            self._columns[name] = column

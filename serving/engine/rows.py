@@ -1,29 +1,43 @@
-"""Decoding rows, one per slot at most, as columns: a tick moves all rows of a stage with a few array operations."""
+"""What every slot is about, as columns: a tick moves all rows of a stage with a few array operations."""
 
 import numpy as np
 import numpy.typing as npt
 
-from serving.engine.core import ExitReason, Ints
+from serving.engine.core import Ints
+from serving.engine.depth import ExitReason
 
 IDLE = -1
+MANY = 1 << 30
+
 Times = npt.NDArray[np.float64]
 
 
 class Rows:
-    """Columns indexed by slot. A slot that is not decoding is IDLE."""
+    """Columns indexed by slot. A slot whose node is IDLE has no decoding row: it is free, prefilling, or one of the
+    further slots of a sequence that has several."""
 
     def __init__(self, slots: int):
-        self.node = np.full(slots + 1, IDLE, np.int64)  # where on its path the row is parked
-        self.token = np.zeros(slots + 1, np.int64)  # the token that it feeds
-        self.position = np.zeros(slots + 1, np.int64)  # of that token in its sequence
-        self.since = np.zeros(slots + 1, np.int64)  # the tick at which it was parked
-        self.units = np.zeros(slots + 1, np.int64)  # depth that its token has reached
-        self.emitted = np.full(slots + 1, np.nan)  # when its last token came out; nan before the first
-        self.reason = np.full(slots + 1, ExitReason.FULL_DEPTH, np.int64)  # why it went no deeper
+        def column(value: int) -> Ints:
+            return np.full(slots + 1, value, np.int64)
 
-    @property
-    def decoding(self) -> int:
-        return int((self.node != IDLE).sum())
+        # The row: one token on its way.
+        self.node = column(IDLE)  # where on its path it is parked
+        self.token = column(0)  # the token that it feeds
+        self.position = column(0)  # of that token in its sequence
+        self.since = column(0)  # the tick at which it was parked
+        self.units = column(0)  # depth that the token has reached
+        self.reason = column(ExitReason.FULL_DEPTH)  # why it went no deeper
+        # The sequence.
+        self.path = column(0)
+        self.emitted = np.full(slots + 1, np.nan)  # when its last token came out; nan before the first
+        # Its depth policy.
+        self.signal = column(IDLE)  # index into SIGNALS
+        self.threshold = np.zeros(slots + 1)
+        self.floor = column(0)  # a token may not leave before
+        self.ceiling = column(MANY)  # a token leaves here at the latest
+        self.shed = column(MANY)  # the governor may lower the ceiling down to here
+        self.early = column(ExitReason.FULL_DEPTH)  # reason when the signal lets it leave
+        self.capped = column(ExitReason.FIXED_DEPTH)  # reason when the ceiling makes it leave
 
     def feed(self, slot: int, token: int, position: int, tick: int) -> None:
         """Send a token on its way."""

@@ -1,17 +1,33 @@
-"""What runs next: admission, prefill in bounded chunks, decoding rows, deadlines."""
+"""What runs next: admission, prefill in bounded chunks, and the choice of a stage."""
 
 import heapq
 import itertools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
-from serving.engine.core import Chunk, Load, Request, Sequence, Tick
-from serving.engine.paths import Path
+from models.paths import NOWHERE, Path
+from serving.engine.core import Chunk, Floats, Ints, Load, Request, Sequence, Tick
+from serving.engine.costs import Cost
+from serving.engine.depth import AT_LEAST, DEFAULT_THRESHOLDS, SIGNALS, DepthPolicy, ExitReason
+from serving.engine.paths import PathTable
 from serving.engine.random import derive
-from serving.engine.rows import IDLE, Rows
+from serving.engine.rows import IDLE, MANY, Rows
 from serving.engine.slots import SlotPool
 from serving.errors import InvalidArgumentError, OverloadedError
+
+PATIENCE = 16
+"""Ticks that a row waits at most while other stages run."""
+
+
+class _Parked(NamedTuple):
+    """Everything that could run, first the decoding rows, then the chunks."""
+
+    slots: Ints  # of the rows
+    stages: Ints
+    tokens: Ints
+    since: Ints  # the tick at which each was parked
 
 
 class Scheduler:
@@ -19,41 +35,46 @@ class Scheduler:
 
     def __init__(
         self,
-        path: Path,
+        final_stages: frozenset[int],
         slots: int,
         *,
         prefill_tokens: int,
         max_waiting: int,
         clock: Callable[[], float],
-        on_admit: Callable[[Sequence], None],
     ):
-        """`prefill_tokens` bounds the prompt tokens of one tick, and so how long a tick keeps decoding rows waiting."""
-        self.path = path
+        """`prefill_tokens` bounds the prompt tokens on their way, and so how long a tick keeps decoding rows waiting.
+        `final_stages` are those that end with the head."""
         self.slots = SlotPool(slots)
         self.rows = Rows(slots)
-        self.running: dict[int, Sequence] = {}  # by slot
+        self.paths = PathTable()
+        self.running: dict[int, Sequence] = {}  # by their first slot
         self.requests: dict[str, Request] = {}  # waiting or running
         self.tick = 0
+        self._final = final_stages
         self._prefill_tokens = prefill_tokens
         self._max_waiting = max_waiting
         self._clock = clock
-        self._on_admit = on_admit
-        self._waiting: list[tuple[int, int, Request]] = []
+        self._waiting: list[tuple[int, int, Request, Path]] = []
         self._order = itertools.count()
         self._prefilling: list[Sequence] = []
+        self._chunks: list[Chunk] = []
         self._deadlines: list[tuple[float, str]] = []
+        self._costs: dict[int, Cost] = {}
+        self._waste: dict[int, float] = {}
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises InvalidArgumentError or OverloadedError."""
+    def submit(self, request: Request, path: Path) -> None:
+        """Queue a request, whose tokens will take this path. Raises InvalidArgumentError or OverloadedError."""
         if request.id in self.requests:
             raise InvalidArgumentError("request_id", request.id, "is already running")
-        if request.params.n > self.slots.capacity:
-            raise InvalidArgumentError("n", request.params.n, f"this model has {self.slots.capacity} slots")
-        if len(self._waiting) >= self._max_waiting:
+        needed = request.params.n * path.slots
+        if needed > self.slots.capacity:
+            limit = f"the request needs {needed} slots, this model has {self.slots.capacity}"
+            raise InvalidArgumentError("n", request.params.n, limit)
+        if len(self._waiting) >= self._max_waiting and (self._waiting or self.slots.available < needed):
             raise OverloadedError(f"the queue is full: {len(self._waiting)} requests are waiting")
         request.arrival = self._clock()
         self.requests[request.id] = request
-        heapq.heappush(self._waiting, (-request.priority, next(self._order), request))
+        heapq.heappush(self._waiting, (-request.priority, next(self._order), request, path))
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.id))
 
@@ -65,73 +86,122 @@ class Scheduler:
         now = self._clock()
         while self._deadlines and self._deadlines[0][0] <= now:
             _, request_id = heapq.heappop(self._deadlines)
-            if request_id in self.requests:
-                yield self.requests[request_id]
+            request = self.requests.get(request_id)
+            if request is not None and request.deadline is not None and request.deadline <= now:
+                yield request
 
-    def schedule(self) -> Tick | None:
-        """Admit what fits, then choose a stage and everything that is parked there."""
-        self._admit()
-        slots = np.flatnonzero(self.rows.node != IDLE)
-        chunks = self._chunks()
-        if not len(slots) and not chunks:
-            return None
-        self.tick += 1
-        return Tick(self.path.nodes[0].stage, slots, chunks, final=True)
-
-    def _admit(self) -> None:
+    def admit(self) -> Iterator[Sequence]:
+        """Give slots to waiting requests, as far as there are any."""
         while self._waiting:
-            request = self._waiting[0][2]
-            if self.slots.available < request.params.n:
+            _, _, request, path = self._waiting[0]
+            if self.slots.available < request.params.n * path.slots:
                 return
             heapq.heappop(self._waiting)
             request.admitted = self._clock()
             for index in range(request.params.n):
-                slot = self.slots.allocate()
-                sequence = Sequence(request, index, slot, derive(request.seed, index))
+                slots = np.array([self.slots.allocate() for _ in range(path.slots)])
+                first = int(slots[0])
+                sequence = Sequence(request, index, first, derive(request.seed, index), slots, self.paths.add(path))
                 request.sequences.append(sequence)
-                self.running[slot] = sequence
-                self._on_admit(sequence)
+                self.running[first] = sequence
+                self._set_policy(sequence)
+                yield sequence
             self._prefilling.append(request.sequences[0])
 
-    def _chunks(self) -> list[Chunk]:
-        """The next prompt tokens, first come first served, as many as one tick may hold."""
-        chunks = []
-        left = self._prefill_tokens
-        for sequence in self._prefilling:
-            if left <= 0:
-                break
-            prompt = sequence.request.prompt
-            start = sequence.prefilled
-            ids = np.array(prompt[start : start + left], np.int64)
-            chunks.append(Chunk(sequence, ids, start))
-            left -= len(ids)
-        return chunks
+    def schedule(self) -> Tick | None:
+        """Choose a stage, and everything that is parked there."""
+        self._cut_chunks()
+        parked = self._parked()
+        if not len(parked.stages):
+            return None
+        self.tick += 1
+        stage = self._choose(parked)
+        here = parked.slots[parked.stages[: len(parked.slots)] == stage]
+        chunks = [chunk for chunk in self._chunks if self._stage_of(chunk) == stage]
+        tick = Tick(stage, here, self.rows.node[here], chunks, stage in self._final)
+        if not tick.final:
+            self._want(tick)
+        return tick
 
-    def prefilled(self, chunk: Chunk) -> None:
-        """A chunk is through."""
+    def ran(self, tick: Tick, seconds: float) -> None:
+        """Learn from a tick what its stage costs, and what waiting for it has cost those parked at other stages."""
+        cost = self._costs.setdefault(tick.stage, Cost())
+        cost.observe(len(tick.slots) + tick.prefill_tokens, seconds)
+        self._waste[tick.stage] = 0.0
+        parked = self._parked()
+        stages, counts = np.unique(parked.stages, return_counts=True)
+        for stage, share in zip(stages.tolist(), (counts / max(1, counts.sum())).tolist(), strict=True):
+            if stage != tick.stage:
+                self._waste[stage] = self._waste.get(stage, 0.0) + cost.fixed * share
+
+    def decide(self, tick: Tick, signals: dict[str, Floats]) -> None:
+        """Apply the depth policies: each token of the tick goes on, or leaves for where its path ends early."""
+        owners, nodes, paths = self._tokens(tick)
+        before = np.concatenate([self.rows.units[tick.slots], *(chunk.units[chunk.active] for chunk in tick.chunks)])
+        units = np.maximum(before, self.paths.look("units", paths, nodes))
+        self._reached(tick, units)
+        if tick.final:
+            return
+        exit_to = self.paths.look("exit_to", paths, nodes)
+        leave, reasons = self._leaving(tick, owners, units, signals)
+        leave &= exit_to != NOWHERE
+        reasons[~leave] = ExitReason.FULL_DEPTH
+        count = len(tick.slots)
+        self.rows.reason[tick.slots] = reasons[:count]
+        self.rows.park(tick.slots, np.where(leave, exit_to, nodes + 1)[:count], self.tick)
+        for chunk in tick.chunks:
+            part = slice(count, count + len(chunk.active))
+            count = part.stop
+            chunk.reasons[chunk.active] = reasons[part]
+            if leave[part].any():
+                chunk.meet = int(exit_to[part][leave[part]][0])
+                chunk.active = chunk.active[~leave[part]]
+            chunk.node = chunk.node + 1 if len(chunk.active) else chunk.meet
+            chunk.since = self.tick
+            if chunk.node == chunk.meet:
+                chunk.active, chunk.meet = np.arange(len(chunk.ids)), NOWHERE
+
+    def _reached(self, tick: Tick, units: Ints) -> None:
+        """Write down how deep each token of the tick is now."""
+        count = len(tick.slots)
+        self.rows.units[tick.slots] = units[:count]
+        for chunk in tick.chunks:
+            chunk.units[chunk.active] = units[count : count + len(chunk.active)]
+            count += len(chunk.active)
+
+    def through(self, chunk: Chunk) -> None:
+        """A chunk has passed the final stage."""
+        self._chunks.remove(chunk)
         chunk.sequence.prefilled += len(chunk.ids)
         if chunk.last:
             self._prefilling.remove(chunk.sequence)
 
     def pass_on(self, sequence: Sequence) -> None:
-        """If the sequence is prefilling on behalf of siblings, let one of them take its slot and go on."""
+        """If the sequence is prefilling on behalf of siblings, let one of them take its slots and go on."""
         heirs = [s for s in sequence.request.sequences if s is not sequence and s.finished is None]
         if sequence not in self._prefilling or not heirs:
             return
         heir = heirs[0]
         heir.slot, sequence.slot = sequence.slot, heir.slot
+        heir.slots, sequence.slots = sequence.slots, heir.slots
         heir.prefilled = sequence.prefilled
         self.running[heir.slot], self.running[sequence.slot] = heir, sequence
         self._prefilling[self._prefilling.index(sequence)] = heir
+        for chunk in self._chunks:
+            if chunk.sequence is sequence:
+                chunk.sequence = heir
 
     def finish(self, sequence: Sequence) -> bool:
-        """Free the slot of a sequence; whether it was the last of its request."""
+        """Free the slots of a sequence; whether it was the last of its request."""
         request = sequence.request
         self.rows.drop(sequence.slot)
-        self.slots.free(sequence.slot)
+        for slot in sequence.slots.tolist():
+            self.slots.free(slot)
+        self.paths.release(sequence.path)
         del self.running[sequence.slot]
         if sequence in self._prefilling:
             self._prefilling.remove(sequence)
+            self._chunks = [chunk for chunk in self._chunks if chunk.sequence is not sequence]
         if any(s.finished is None for s in request.sequences):
             return False
         del self.requests[request.id]
@@ -142,3 +212,98 @@ class Scheduler:
         self._waiting = [entry for entry in self._waiting if entry[2] is not request]
         heapq.heapify(self._waiting)
         del self.requests[request.id]
+
+    def _set_policy(self, sequence: Sequence) -> None:
+        """Write the sequence's depth policy into its columns."""
+        rows, slot = self.rows, sequence.slot
+        policy = sequence.request.params.depth
+        assert isinstance(policy, DepthPolicy)  # the engine has put the model's default where there was none
+        full = self.paths[sequence.path].full_depth
+        rows.path[slot] = sequence.path
+        rows.signal[slot] = SIGNALS.index(policy.signal) if policy.signal else IDLE
+        if policy.signal:
+            given = policy.threshold
+            rows.threshold[slot] = DEFAULT_THRESHOLDS.get(policy.signal, 1.0) if given is None else given
+        rows.floor[slot] = policy.min_depth or 0
+        rows.ceiling[slot] = policy.depth or (MANY if policy.max_depth is None else policy.max_depth)
+        rows.shed[slot] = full if policy.min_depth is None else policy.min_depth
+        rows.early[slot] = policy.reason
+
+    def _cut_chunks(self) -> None:
+        """Send the next prompt tokens on their way, first come first served, as many as there may be at a time."""
+        left = self._prefill_tokens - sum(len(chunk.ids) for chunk in self._chunks)
+        busy = {id(chunk.sequence) for chunk in self._chunks}
+        for sequence in self._prefilling:
+            if left <= 0:
+                return
+            if id(sequence) in busy:
+                continue
+            start = sequence.prefilled
+            ids = np.array(sequence.request.prompt[start : start + left], np.int64)
+            everything = np.arange(len(ids))
+            reasons = np.full(len(ids), ExitReason.FULL_DEPTH, np.int64)
+            self._chunks.append(Chunk(sequence, ids, start, everything, np.zeros_like(ids), reasons, since=self.tick))
+            left -= len(ids)
+
+    def _stage_of(self, chunk: Chunk) -> int:
+        return self.paths[chunk.sequence.path].nodes[chunk.node].stage
+
+    def _parked(self) -> "_Parked":
+        slots = np.flatnonzero(self.rows.node != IDLE)
+        stages = self.paths.look("stage", self.rows.path[slots], self.rows.node[slots])
+        return _Parked(
+            slots,
+            np.concatenate([stages, np.array([self._stage_of(chunk) for chunk in self._chunks], np.int64)]),
+            np.concatenate([np.ones_like(slots), np.array([len(c.active) for c in self._chunks], np.int64)]),
+            np.concatenate([self.rows.since[slots], np.array([c.since for c in self._chunks], np.int64)]),
+        )
+
+    def _choose(self, parked: "_Parked") -> int:
+        """The stage to run.
+
+        A row that waits elsewhere wastes its share of the fixed cost of each tick that it misses; running its stage
+        for it alone wastes that stage's own fixed cost. So a stage runs as soon as the waste of waiting for it has
+        reached what a run of it costs whatever the batch, and otherwise the stage with the most tokens does: rent,
+        until the rent would have paid for the purchase. Nothing waits longer than PATIENCE ticks.
+        """
+        tokens = np.bincount(parked.stages, weights=parked.tokens)
+        if np.count_nonzero(tokens) == 1:
+            return int(tokens.argmax())
+        oldest = int(parked.since.argmin())
+        if self.tick - parked.since[oldest] > PATIENCE:
+            return int(parked.stages[oldest])
+        overdue = {s: self._waste.get(s, 0.0) / f for s in np.flatnonzero(tokens).tolist() if (f := self._fixed(s)) > 0}
+        worst = max(overdue, key=lambda s: overdue[s], default=None)
+        if worst is not None and overdue[worst] >= 1:
+            return worst
+        return int(len(tokens) - 1 - tokens[::-1].argmax())  # of equals, the one nearest to the head
+
+    def _fixed(self, stage: int) -> float:
+        cost = self._costs.get(stage)
+        return cost.fixed if cost is not None else 0.0
+
+    def _tokens(self, tick: Tick) -> tuple[Ints, Ints, Ints]:
+        """For each token of a tick: the slot whose policy holds, its node, and its path."""
+        lengths = [len(chunk.active) for chunk in tick.chunks]
+        owners = np.concatenate([tick.slots, np.repeat([c.sequence.slot for c in tick.chunks], lengths).astype(np.int64)])
+        nodes = np.concatenate([tick.nodes, np.repeat([c.node for c in tick.chunks], lengths).astype(np.int64)])
+        return owners, nodes, self.rows.path[owners]
+
+    def _want(self, tick: Tick) -> None:
+        """Note the signals that decide about the tokens of a tick."""
+        owners, nodes, paths = self._tokens(tick)
+        signal = self.rows.signal[owners]
+        signal[self.paths.look("exit_to", paths, nodes) == NOWHERE] = IDLE
+        for index in np.unique(signal[signal != IDLE]):
+            tick.wanted[SIGNALS[index]] = np.flatnonzero(signal == index)
+
+    def _leaving(self, tick: Tick, owners: Ints, units: Ints, signals: dict[str, Floats]) -> tuple[Ints, Ints]:
+        """Which tokens want to leave (bool), and why."""
+        rows = self.rows
+        early = np.zeros(len(owners), bool)
+        for name, tokens in tick.wanted.items():
+            value, threshold = signals[name], rows.threshold[owners[tokens]]
+            early[tokens] = value >= threshold if name in AT_LEAST else value <= threshold
+        early &= units >= rows.floor[owners]
+        capped = units >= rows.ceiling[owners]
+        return early | capped, np.where(early, rows.early[owners], rows.capped[owners])

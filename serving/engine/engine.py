@@ -36,7 +36,12 @@ class Engine:
         self.observer = observer or Observer()
         self.clock = clock
         self.scheduler = Scheduler(
-            runner.final_stages, slots, prefill_tokens=prefill_tokens, max_waiting=max_waiting, clock=clock
+            runner.first_stage,
+            runner.final_stages,
+            slots,
+            prefill_tokens=prefill_tokens,
+            max_waiting=max_waiting,
+            clock=clock,
         )
 
     def step(self) -> list[Output]:

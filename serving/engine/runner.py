@@ -24,6 +24,7 @@ class Runner(Protocol):
     """What the engine asks of whatever runs its ticks."""
 
     vocab_size: int
+    first_stage: int
     final_stages: frozenset[int]
     default_depth: DepthPolicy
 
@@ -51,6 +52,7 @@ class TorchRunner:
     def __init__(self, model: Decoder, slots: int):
         self.model = model
         self.vocab_size = model.vocab_size
+        self.first_stage = model.path().nodes[0].stage
         self.final_stages = frozenset(i for i, stage in enumerate(model.stages) if stage.head)
         self.default_depth = DepthPolicy.parse(model.default_depth)
         self.pool = StatePool(model.layout(), slots, model.device)

@@ -8,17 +8,14 @@ from typing import NamedTuple
 import numpy as np
 
 from models.paths import NOWHERE, Path
+from serving.engine.choice import StageChooser
 from serving.engine.core import Chunk, Floats, Ints, Load, Request, Sequence, Tick
-from serving.engine.costs import Cost
 from serving.engine.depth import AT_LEAST, DEFAULT_THRESHOLDS, SIGNALS, DepthPolicy, ExitReason
 from serving.engine.paths import PathTable
 from serving.engine.random import derive
 from serving.engine.rows import IDLE, MANY, Rows
 from serving.engine.slots import SlotPool
 from serving.errors import InvalidArgumentError, OverloadedError
-
-PATIENCE = 16
-"""Ticks that a row waits at most while other stages run."""
 
 
 class _Parked(NamedTuple):
@@ -35,6 +32,7 @@ class Scheduler:
 
     def __init__(
         self,
+        first_stage: int,
         final_stages: frozenset[int],
         slots: int,
         *,
@@ -43,7 +41,7 @@ class Scheduler:
         clock: Callable[[], float],
     ):
         """`prefill_tokens` bounds the prompt tokens on their way, and so how long a tick keeps decoding rows waiting.
-        `final_stages` are those that end with the head."""
+        Tokens begin at the `first_stage`; the `final_stages` end with the head."""
         self.slots = SlotPool(slots)
         self.rows = Rows(slots)
         self.paths = PathTable()
@@ -59,8 +57,7 @@ class Scheduler:
         self._prefilling: list[Sequence] = []
         self._chunks: list[Chunk] = []
         self._deadlines: list[tuple[float, str]] = []
-        self._costs: dict[int, Cost] = {}
-        self._waste: dict[int, float] = {}
+        self._chooser = StageChooser(first_stage, final_stages)
 
     def submit(self, request: Request, path: Path) -> None:
         """Queue a request, whose tokens will take this path. Raises InvalidArgumentError or OverloadedError."""
@@ -115,7 +112,7 @@ class Scheduler:
         if not len(parked.stages):
             return None
         self.tick += 1
-        stage = self._choose(parked)
+        stage = self._chooser.choose(parked.stages, parked.tokens, self.tick - parked.since)
         here = parked.slots[parked.stages[: len(parked.slots)] == stage]
         chunks = [chunk for chunk in self._chunks if self._stage_of(chunk) == stage]
         tick = Tick(stage, here, self.rows.node[here], chunks, stage in self._final)
@@ -124,15 +121,8 @@ class Scheduler:
         return tick
 
     def ran(self, tick: Tick, seconds: float) -> None:
-        """Learn from a tick what its stage costs, and what waiting for it has cost those parked at other stages."""
-        cost = self._costs.setdefault(tick.stage, Cost())
-        cost.observe(len(tick.slots) + tick.prefill_tokens, seconds)
-        self._waste[tick.stage] = 0.0
-        parked = self._parked()
-        stages, counts = np.unique(parked.stages, return_counts=True)
-        for stage, share in zip(stages.tolist(), (counts / max(1, counts.sum())).tolist(), strict=True):
-            if stage != tick.stage:
-                self._waste[stage] = self._waste.get(stage, 0.0) + cost.fixed * share
+        """Learn what a stage costs."""
+        self._chooser.ran(tick.stage, len(tick.slots) + tick.prefill_tokens, seconds)
 
     def decide(self, tick: Tick, signals: dict[str, Floats]) -> None:
         """Apply the depth policies: each token of the tick goes on, or leaves for where its path ends early."""
@@ -257,30 +247,6 @@ class Scheduler:
             np.concatenate([np.ones_like(slots), np.array([len(c.active) for c in self._chunks], np.int64)]),
             np.concatenate([self.rows.since[slots], np.array([c.since for c in self._chunks], np.int64)]),
         )
-
-    def _choose(self, parked: "_Parked") -> int:
-        """The stage to run.
-
-        A row that waits elsewhere wastes its share of the fixed cost of each tick that it misses; running its stage
-        for it alone wastes that stage's own fixed cost. So a stage runs as soon as the waste of waiting for it has
-        reached what a run of it costs whatever the batch, and otherwise the stage with the most tokens does: rent,
-        until the rent would have paid for the purchase. Nothing waits longer than PATIENCE ticks.
-        """
-        tokens = np.bincount(parked.stages, weights=parked.tokens)
-        if np.count_nonzero(tokens) == 1:
-            return int(tokens.argmax())
-        oldest = int(parked.since.argmin())
-        if self.tick - parked.since[oldest] > PATIENCE:
-            return int(parked.stages[oldest])
-        overdue = {s: self._waste.get(s, 0.0) / f for s in np.flatnonzero(tokens).tolist() if (f := self._fixed(s)) > 0}
-        worst = max(overdue, key=lambda s: overdue[s], default=None)
-        if worst is not None and overdue[worst] >= 1:
-            return worst
-        return int(len(tokens) - 1 - tokens[::-1].argmax())  # of equals, the one nearest to the head
-
-    def _fixed(self, stage: int) -> float:
-        cost = self._costs.get(stage)
-        return cost.fixed if cost is not None else 0.0
 
     def _tokens(self, tick: Tick) -> tuple[Ints, Ints, Ints]:
         """For each token of a tick: the slot whose policy holds, its node, and its path."""

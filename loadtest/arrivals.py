@@ -1,0 +1,73 @@
+"""When the requests of an open loop are sent: a random process in operational time, mapped onto a rate
+profile.
+
+Gaps of mean one are drawn first, whatever the rate (Poisson: exponential; Gamma: shape `burstiness`, so that
+the coefficient of variation is 1/sqrt(burstiness)). Their running sum is the number of requests expected so
+far, and the inverse of the profile's cumulative rate turns it into seconds. A ramp thus keeps the character
+of the process.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Process = Literal["poisson", "gamma", "constant"]
+Floats = npt.NDArray[np.float64]
+_CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A rate in requests/s over time: `points` are (seconds, rate), joined by lines, or held until the next
+    where `steps`. The last rate goes on for ever."""
+
+    points: tuple[tuple[float, float], ...]
+    steps: bool = False
+
+    @classmethod
+    def flat(cls, rate: float) -> "Profile":
+        return cls(((0.0, rate),))
+
+    @classmethod
+    def ramp(cls, first: float, last: float, duration: float, steps: int | None = None) -> "Profile":
+        """From `first` to `last` within `duration`; in `steps` equal stairs, or as a line."""
+        if steps is None:
+            return cls(((0.0, first), (duration, last)))
+        height = (last - first) / max(1, steps - 1)
+        return cls(tuple((i * duration / steps, first + i * height) for i in range(steps)), steps=True)
+
+    def times(self, expected: Floats) -> Floats:
+        """Seconds at which the expected number of requests so far reaches each value."""
+        starts = np.array([t for t, _ in self.points])
+        rates = np.array([r for _, r in self.points])
+        widths = np.diff(starts)
+        areas = rates[:-1] * widths if self.steps else (rates[:-1] + rates[1:]) / 2 * widths
+        before = np.concatenate([[0.0], np.cumsum(areas)])  # expected requests before each point
+        at = np.searchsorted(before, expected, side="right") - 1
+        slopes = np.append(np.zeros(len(widths)) if self.steps else np.diff(rates) / widths, 0.0)
+        rest, rate, slope = expected - before[at], rates[at], slopes[at]
+        # rest = rate t + slope t^2 / 2, solved without dividing by a slope that may be zero
+        root = np.sqrt(np.maximum(rate**2 + 2 * slope * rest, 0.0))
+        return starts[at] + np.divide(2 * rest, rate + root, out=np.zeros_like(rest), where=rate + root > 0)
+
+
+def arrivals(
+    profile: Profile, process: Process, burstiness: float, rng: np.random.Generator
+) -> Iterator[float]:
+    """Seconds since the start, one for each request, without end."""
+    expected = 0.0
+    while True:
+        sums = expected + np.cumsum(_gaps(process, burstiness, rng))
+        expected = float(sums[-1])
+        yield from profile.times(sums).tolist()
+
+
+def _gaps(process: Process, burstiness: float, rng: np.random.Generator) -> Floats:
+    if process == "poisson":
+        return rng.exponential(1.0, _CHUNK)
+    if process == "gamma":
+        return rng.gamma(burstiness, 1.0 / burstiness, _CHUNK)
+    return np.ones(_CHUNK)

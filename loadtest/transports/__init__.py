@@ -1,0 +1,15 @@
+"""Ways to ask a server for tokens: fathom.v1, the Open Inference Protocol, OpenAI's HTTP."""
+
+from loadtest.config import Server
+from loadtest.core import Transport
+from loadtest.transports.fathom import FathomTransport
+from loadtest.transports.oip import OipTransport
+
+
+def transport(server: Server) -> Transport:
+    """The transport that the configuration names."""
+    if server.transport == "openai":
+        from loadtest.transports.openai import OpenAiTransport  # its HTTP library takes long to import
+
+        return OpenAiTransport(server)
+    return FathomTransport(server) if server.transport == "fathom" else OipTransport(server)

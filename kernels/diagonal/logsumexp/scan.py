@@ -72,12 +72,12 @@ def _scan(
     if s.shape[1] == 0:
         return v, s, s
     a0, c0, _ = begin
+    m0 = _scale(begin)
     with torch.no_grad():
-        m0 = _scale(begin)
         # m_t = max over j of s_j + (t - j) w. Any scale near it will do, as long as all use the same one.
         drift = w.double() * torch.arange(1, s.shape[1] + 1, device=s.device)[:, None]
         m = ((s - drift).cummax(1).values.maximum(m0[:, None]) + drift).float()
-        before = torch.cat([m0[:, None], m[:, :-1]], 1)
+    before = torch.cat([m0[:, None], m[:, :-1]], 1)
     keep, write = (before + w - m).exp(), (s - m).exp()
     a = recurrence(keep[..., None].expand_as(v), write[..., None] * v, a0)
     return a, recurrence(keep, write, c0), m

@@ -5,6 +5,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from tokenizers import Tokenizer
@@ -62,32 +63,37 @@ class Requests:
         if ask.params.stop and tokenizer is None:
             raise InvalidArgumentError("stop", ask.params.stop[0], "this model has no tokenizer: use stop_token_ids")
         gathered = _Usage()
-        async for replica, out in self._run(prepared, ask):
-            text = texts[out.index]
-            if text.stopped:
-                piece = None
-            else:
-                said, used = text.feed(out.ids, last=out.finish_reason is not None)
-                piece = Piece(prepared.id, out.index, said, _cut(out, used))
-                if text.stopped:
-                    piece.news.finish_reason = FinishReason.STOP
-                    if out.finish_reason is None:
-                        replica.cancel(prepared.id, out.index)
-            usage = gathered.add(out, 0 if piece is None else len(piece.news.ids))
-            if piece is None and usage is not None:
-                piece = Piece(prepared.id, out.index, "", Output(prepared.id, out.index))
-            if piece is not None:
-                piece.news.usage = usage
-                yield piece
-            if out.finish_reason is FinishReason.DEADLINE and usage is not None:
-                raise DeadlineExceededError(f"timeout_s = {self._timeout(ask):g} is over")
+        async with aclosing(self._run(prepared, ask)) as news:
+            async for replica, out in news:
+                piece = self._piece(texts[out.index], replica, out)
+                usage = gathered.add(out, 0 if piece is None else len(piece.news.ids))
+                if piece is None and usage is not None:
+                    piece = Piece(prepared.id, out.index, "", Output(prepared.id, out.index))
+                if piece is not None:
+                    piece.news.usage = usage
+                    yield piece
+                if out.finish_reason is FinishReason.DEADLINE and usage is not None:
+                    raise DeadlineExceededError(f"timeout_s = {self._timeout(ask):g} is over")
+
+    def _piece(self, text: TextStream, replica: Replica, out: Output) -> Piece | None:
+        """What a client is told of some news; nothing after a stop string."""
+        if text.stopped:
+            return None
+        said, used = text.feed(out.ids, last=out.finish_reason is not None)
+        piece = Piece(out.request_id, out.index, said, _cut(out, used))
+        if text.stopped:
+            piece.news.finish_reason = FinishReason.STOP
+            if out.finish_reason is None:
+                replica.cancel(out.request_id, out.index)
+        return piece
 
     async def score(self, ask: Ask) -> tuple[list[int], Output]:
         """The prompt's token ids, and the log-probability of each after the first. Raises RequestError."""
         prepared, _, _ = await self._prepare(ask, score=True)
         whole = Output(prepared.id, 0)
-        async for _, out in self._run(prepared, ask):
-            whole.extend(out)
+        async with aclosing(self._run(prepared, ask)) as news:
+            async for _, out in news:
+                whole.extend(out)
         if whole.finish_reason is FinishReason.DEADLINE:
             raise DeadlineExceededError(f"timeout_s = {self._timeout(ask):g} is over")
         return prepared.prompt, whole

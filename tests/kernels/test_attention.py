@@ -199,7 +199,8 @@ def test_long_segments_and_many_chunks_equal_naive(window: int | None) -> None:
     expected, ends = c.naive(2.0, window)
     pages, count = Pages.holding(c, 16), c.count_pool()
     got = attention_paged(
-        c.q, c.k, c.v, pages.k, pages.v, pages.tables, count, *c.index, scale=SCALE, softcap=2.0, window=window
+        c.q, c.k, c.v, pages.k, pages.v, pages.tables, count, *c.index,
+        scale=SCALE, softcap=2.0, window=window,
     )  # fmt: skip
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     pages.equal(ends)
@@ -285,7 +286,9 @@ def test_narrow_pages(step, dtype, monkeypatch) -> None:  # type: ignore[no-unty
     interpreter multiplies no bfloat16 matrices: there float16 stands for it."""
     monkeypatch.setattr(ops, "attention_step", step)
     c = case([1, 3, 20], [9, 0, 4])
-    rounded = Case(c.q, *(x.to(dtype).float() for x in (c.k, c.v)), [(k.to(dtype).float(), v.to(dtype).float()) for k, v in c.past], c.offsets)  # fmt: skip # noqa: E501
+    new_k, new_v = c.k.to(dtype).float(), c.v.to(dtype).float()
+    past = [(k.to(dtype).float(), v.to(dtype).float()) for k, v in c.past]
+    rounded = Case(c.q, new_k, new_v, past, c.offsets)
     expected, ends = rounded.naive()
     pages, count = Pages.holding(c, 4, dtype), c.count_pool()
     got = attention_paged(c.q, c.k, c.v, pages.k, pages.v, pages.tables, count, *c.index, scale=SCALE)

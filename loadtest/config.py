@@ -272,8 +272,6 @@ class Run(BaseModel):
                     raise FlagError(
                         flag(name), getattr(load, name), "cannot go with --trace, which has its own times"
                     )
-        if work.synthetic is not None and load.rate is None and load.concurrency is None:
-            raise FlagError("--synthetic", work.synthetic, "needs --rate or --concurrency")
         if work.prompt_file and not work.prompt_file.is_file():
             raise FlagError("--prompt-file", work.prompt_file, "no such file")
         return self

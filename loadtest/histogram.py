@@ -8,6 +8,7 @@ from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 _LONGEST = 86_400 * 10**9  # ns
 _DIGITS = 3
@@ -31,24 +32,22 @@ class Distribution(BaseModel):
     hdr: str | None = None  # HdrHistogram V2, compressed, base64: of nanoseconds
 
     @classmethod
-    def of(cls, seconds: Floats, weights: npt.NDArray[np.int64] | None = None) -> Distribution:
+    def of(cls, seconds: Floats, weights: Ints | None = None) -> Distribution:
         """Of times in seconds, each counted `weights` times."""
         weights = np.ones(len(seconds), np.int64) if weights is None else weights
         seconds, weights = seconds[weights > 0], weights[weights > 0]
         count = int(weights.sum())
         if not count:
             return cls(count=0)
-        histogram = _histogram(seconds, weights)
-        at = {name: histogram.get_value_at_percentile(p) / 1e6 for name, p in _PERCENTILES.items()}
+        buckets, counts = _buckets(seconds, weights)
         low, high = float(seconds.min()) * 1e3, float(seconds.max()) * 1e3
         return cls(
             count=count,
             mean=float(seconds @ weights) / count * 1e3,
             min=low,
             max=high,
-            hdr=histogram.encode().decode(),
-            # A bucket's edge may lie beyond the largest or smallest value in it.
-            **{name: min(max(value, low), high) for name, value in at.items()},
+            hdr=_encoded(buckets, counts),
+            **_percentiles(buckets, counts, low, high),
         )
 
     def curve(self) -> tuple[Floats, Floats]:
@@ -60,22 +59,40 @@ class Distribution(BaseModel):
             (item.value_iterated_to / 1e6, item.total_count_to_this_value)
             for item in histogram.get_recorded_iterator()
         ]
-        values, totals = np.array(steps, dtype=np.float64).T
+        values, totals = np.array([(steps[0][0], 0), *steps], dtype=np.float64).T
         return values, totals / self.count
 
 
-_PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p999": 99.9}
+_PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p999": 0.999}
 
 
-def _histogram(seconds: Floats, weights: npt.NDArray[np.int64]) -> HdrHistogram:
-    """Rounds to the histogram's buckets first: recording is Python, and there may be millions of values."""
+def _buckets(seconds: Floats, weights: Ints) -> tuple[Ints, Ints]:
+    """The lowest value, in ns, of every bucket of an HDR histogram that has any, and how many it has."""
     values = np.clip(np.rint(seconds * 1e9), 0, _LONGEST).astype(np.int64)
-    _, bits = np.frexp(values.astype(np.float64))
-    shift = np.maximum(0, bits - _SIGNIFICANT_BITS)
+    shift = _shift(values)
     buckets, where = np.unique((values >> shift) << shift, return_inverse=True)
+    return buckets, np.bincount(where, weights).astype(np.int64)
+
+
+def _shift(values: Ints) -> Ints:
+    """Bits below those that three digits take."""
+    _, bits = np.frexp(values.astype(np.float64))
+    return np.maximum(0, bits - _SIGNIFICANT_BITS).astype(np.int64)
+
+
+def _percentiles(buckets: Ints, counts: Ints, low: float, high: float) -> dict[str, float]:
+    """The middle of the bucket in which each falls, or the smallest or largest value if that is nearer."""
+    totals = counts.cumsum()
+    ranks = np.ceil(np.array(list(_PERCENTILES.values())) * totals[-1] - 1e-9)
+    found = buckets[np.searchsorted(totals, ranks)]
+    middles = (found + ((1 << _shift(found)) >> 1)) / 1e6
+    return dict(zip(_PERCENTILES, np.clip(middles, low, high).tolist(), strict=True))
+
+
+def _encoded(buckets: Ints, counts: Ints) -> str:
+    """Recording and searching are slow in Python, so one call a bucket is all that the library does."""
     histogram = HdrHistogram(1, _LONGEST, _DIGITS)
-    for value, count in zip(
-        buckets.tolist(), np.bincount(where, weights).astype(np.int64).tolist(), strict=True
-    ):
+    for value, count in zip(buckets.tolist(), counts.tolist(), strict=True):
         histogram.record_value(value, count)
-    return histogram
+    encoded: str = histogram.encode().decode()
+    return encoded

@@ -9,18 +9,17 @@ from math import inf
 
 import numpy as np
 
-from loadtest import analysis, arrivals, traces
-from loadtest.analysis import Times
+from loadtest import arrivals, traces
 from loadtest.arrivals import Profile
 from loadtest.clock import LoopClock
-from loadtest.config import Run
+from loadtest.config import Run, flag
 from loadtest.core import Model, Transport
 from loadtest.driver import Driver, Plan
 from loadtest.errors import FlagError
-from loadtest.histogram import Distribution
 from loadtest.monitor import Monitor, quiet_collector
+from loadtest.outcome import Outcome, conclude
 from loadtest.progress import Progress
-from loadtest.result import Requests, Result
+from loadtest.result import Result
 from loadtest.transports import transport
 from loadtest.workload import Workload
 
@@ -54,11 +53,15 @@ async def drive(run: Run, chosen: Transport, model: Model, progress: bool = True
         monitor.stop()
         stopped = clock.now()
     clock.close()
-    return conclude(run, model, workload, driver, monitor, started, stopped, streams=chosen.streams)
+    loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]
+    return conclude(Outcome(run, model, workload, driver, monitor, started, stopped, chosen.streams, loop))
 
 
 def make_plan(run: Run, workload: Workload) -> Plan:
     load = run.load
+    for name in ("arrival", "burstiness"):
+        if getattr(load, name) is not None and not run.open:
+            raise FlagError(flag(name), getattr(load, name), "needs --rate")
     users = 0 if run.open else load.concurrency or 1
     requests: float = load.requests or inf
     duration = load.duration or inf
@@ -95,92 +98,6 @@ def due_times(run: Run, workload: Workload) -> Iterator[float] | None:
     if load.ramp_from is not None:
         profile = Profile.ramp(load.ramp_from / work.turns, rate, load.duration or 0.0, load.ramp_steps)
     return arrivals.arrivals(profile, process, burstiness, np.random.default_rng([load.seed, 0]))
-
-
-def conclude(
-    run: Run,
-    model: Model,
-    workload: Workload,
-    driver: Driver,
-    monitor: Monitor,
-    started: datetime,
-    stopped: float,
-    streams: bool = True,
-) -> Result:
-    everything = driver.recorder.columns()
-    origin, open_loop = driver.origin, run.open
-    rows = everything.where(everything.intended >= origin + run.load.warmup)
-    done = rows.where(rows.ok)
-    times = Times.of(done)
-    begin = float(rows.sent.min()) if len(rows.sent) else stopped
-    duration = (float(rows.end.max()) if len(rows.end) else stopped) - begin
-    itl, message_gap = analysis.gaps(done) if streams else (Distribution(count=0), Distribution(count=0))
-    offered, sent_rate = analysis.rate_between(rows.intended), analysis.rate_between(rows.sent)
-    achieved = analysis.rate_between(done.end) if open_loop else _per_second(len(done.end), duration)
-    full = (
-        float(done.end.min()) if open_loop and len(done.end) else max(origin + run.load.warmup, driver.full)
-    )
-    statuses = [rows.statuses[i] for i in rows.status[~rows.ok].tolist()]
-    tokens, prompts = int(times.tokens.sum()), int(done.prompt.sum())
-    return Result(
-        started_at=started.isoformat(timespec="seconds"),
-        interrupted=driver.interrupted,
-        loop="open" if open_loop else "closed",
-        config={name: getattr(run, name).given() for name in ("server", "load", "work", "goals")},
-        model={name: getattr(model, name) for name in Model.__slots__},
-        duration_s=duration,
-        requests=Requests(
-            sent=driver.sent,
-            warmup=len(everything.status) - len(rows.status),
-            ok=len(done.status),
-            failed=len(rows.status) - len(done.status),
-            unfinished=driver.unfinished,
-        ),
-        failures={name: statuses.count(name) for name in sorted(set(statuses))},
-        failure_details={name: rows.details[name] for name in sorted(set(statuses))},
-        offered_rate=offered if open_loop else None,
-        sent_rate=sent_rate,
-        achieved_rate=achieved,
-        output_tokens=tokens,
-        output_tokens_per_s=_per_second(tokens, duration),
-        input_tokens=prompts,
-        input_tokens_per_s=_per_second(prompts, duration),
-        ttft_ms=Distribution.of(times.ttft),
-        tpot_ms=Distribution.of(times.tpot) if streams else Distribution(count=0),
-        itl_ms=itl,
-        message_gap_ms=message_gap,
-        e2e_ms=Distribution.of(times.e2e),
-        ttft_from_schedule_ms=Distribution.of(times.first - times.intended) if open_loop else None,
-        e2e_from_schedule_ms=Distribution.of(times.last - times.intended) if open_loop else None,
-        goodput=analysis.goodput(
-            run.goals.slos, times, len(rows.status) + driver.unfinished, achieved, open_loop
-        ),
-        steady=analysis.steady(everything, full, driver.last_sent, origin),
-        lengths=analysis.lengths(done, workload.scale.factor, workload.scale.clipped),
-        mean_depth=analysis.weighted(done.mean_depth, times.tokens),
-        flops_saved=analysis.weighted(done.flops_saved, times.tokens),
-        cached_share=analysis.cached_share(done),
-        policies={
-            label: analysis.group(rows.where(rows.policy == i))
-            for i, label in enumerate(rows.policies)
-            if label
-        },
-        turns={str(i + 1): analysis.group(rows.where(rows.turn == i)) for i in range(run.work.turns)}
-        if run.work.turns > 1
-        else {},
-        harness=monitor.verdict(
-            rows.sent - rows.intended if open_loop else np.zeros(0),
-            times.ttft,
-            offered if open_loop else None,
-            sent_rate,
-            type(asyncio.get_running_loop()).__module__.partition(".")[0],
-        ),
-        timeline=analysis.timeline(everything, origin, stopped),
-    )
-
-
-def _per_second(count: int, seconds: float) -> float | None:
-    return count / seconds if count and seconds > 0 else None
 
 
 @contextlib.contextmanager

@@ -82,9 +82,7 @@ async def find_rate(run: Run, wanted: Search, progress: bool = True) -> Found:
             why = _unmet(result, wanted.attainment)
             probes.append(Probe(rate=rate, met=not why, why=why, result=result))
             low, high = (low, rate) if why else (rate, high)
-            if result.harness.bottleneck and why:
-                ended = f"the harness was a bottleneck at {rate:.4g} requests/s: {result.harness.reasons[0]}"
-            elif low == wanted.last_rate:
+            if low == wanted.last_rate:
                 ended = "--last-rate was met"
             elif low == 0:
                 ended = "the first rate was not met"
@@ -157,3 +155,9 @@ def show_search(found: Found, console: Console) -> None:
     console.print(
         f"[bold]{best}[/] with {share(found.attainment)} of the requests within {slos} ({found.ended})"
     )
+    for probe in found.probes:
+        if not probe.met and probe.result.harness.bottleneck:
+            reason = probe.result.harness.reasons[0]
+            console.print(
+                f"[red]At {number(probe.rate)} requests/s the harness was a bottleneck:[/] {reason}"
+            )

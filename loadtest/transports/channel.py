@@ -1,6 +1,7 @@
 """gRPC calls over a few HTTP/2 connections."""
 
 import asyncio
+import os
 import ssl
 import time
 from collections import deque
@@ -42,11 +43,12 @@ _HTTP |= dict.fromkeys((429, 502, 503, 504), "UNAVAILABLE")
 class Call(http2.Stream):
     """A call that reports its end. Derive from it to say what to do with the messages."""
 
-    __slots__ = ("connection",)
+    __slots__ = ("connection", "given_up")
 
     def __init__(self) -> None:
         super().__init__()
-        self.connection: Connection | None = None
+        self.connection: Connection | None = None  # until it has one, it waits
+        self.given_up = False  # before that
 
     def on_end(self, now: float, status: str, detail: str) -> None:
         """The call is over, with the name of a gRPC status. Called once."""
@@ -56,6 +58,9 @@ class Call(http2.Stream):
         """Give the call up, and end it here with this status."""
         if self.connection:
             self.connection.cancel(self, status, detail)
+        elif not self.given_up:
+            self.given_up = True
+            self.on_end(time.perf_counter(), status, detail)
 
 
 class Connection(Http2):
@@ -157,7 +162,7 @@ class Channel:
         if self._tls:
             self._tls.set_alpn_protocols(["h2"])
         self._connections: list[Connection] = []
-        self._opening: set[asyncio.Task[None]] = set()
+        self._opening: asyncio.Task[None] | None = None
         self._queue: deque[tuple[Call, bytes, bytes]] = deque()  # calls that wait for a connection
         self._turn = 0
 
@@ -206,10 +211,8 @@ class Channel:
                 connection.call(call, headers, message)
                 return
         self._queue.append((call, headers, message))
-        if len(self._opening) * 64 < len(self._queue):  # a guess at the streams that one more will take
-            task = asyncio.ensure_future(self._another())
-            self._opening.add(task)
-            task.add_done_callback(self._opening.discard)
+        if self._opening is None or self._opening.done():
+            self._opening = asyncio.ensure_future(self._open_more())
 
     async def unary(self, method: str, message: bytes) -> tuple[str, str, bytes]:
         """One request and one answer: status, detail, message."""
@@ -218,8 +221,8 @@ class Channel:
         return await asyncio.wait_for(ended, CONNECT_TIMEOUT)
 
     async def close(self) -> None:
-        for task in list(self._opening):
-            task.cancel()
+        if self._opening:
+            self._opening.cancel()
         for connection in self._connections:
             connection.close()
         await asyncio.sleep(0)
@@ -233,18 +236,22 @@ class Channel:
             await connection.ready
         return connection
 
-    async def _another(self) -> None:
-        self._connections = [c for c in self._connections if c.usable or c.streams]
-        try:
-            self._connections.append(await self._open())
-        except (OSError, TimeoutError) as error:
-            waiting, self._queue = self._queue, deque()
-            for call, _, _ in waiting:
-                call.on_end(time.perf_counter(), "UNAVAILABLE", reason(error))
-            return
-        waiting, self._queue = self._queue, deque()
-        for call, headers, message in waiting:
-            self.call(call, headers, message)
+    async def _open_more(self) -> None:
+        """As long as calls wait."""
+        while self._queue:
+            self._connections = [c for c in self._connections if c.usable or c.streams]
+            try:
+                connection = await self._open()
+            except (OSError, TimeoutError) as error:
+                waiting, self._queue = self._queue, deque()
+                for call, _, _ in waiting:
+                    call.cancel("UNAVAILABLE", reason(error))
+                return
+            self._connections.append(connection)
+            while self._queue and connection.free:
+                call, headers, message = self._queue.popleft()
+                if not call.given_up:
+                    connection.call(call, headers, message)
 
 
 class _Unary(Call):
@@ -280,4 +287,6 @@ def tls_context(server: Server) -> ssl.SSLContext | None:
 def reason(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return f"no answer within {CONNECT_TIMEOUT:g} s"
+    if isinstance(error, OSError) and error.errno and error.errno > 0:
+        return os.strerror(error.errno)
     return str(error) or type(error).__name__

@@ -1,17 +1,19 @@
 """The state of a sequence: how it is laid out, and the pool that holds it for every slot.
 
-All states of one slot lie side by side in one row of an arena [slots, floats], so that saving, forking or moving a
-sequence is one copy of one contiguous run. A layer sees its part as a strided view [slots, depths, *shape].
+Constant state lies in an arena [slots, floats]: all states of one slot side by side in one row, so that saving,
+forking or moving a sequence is one copy of one contiguous run. A layer sees its part as a strided view
+[slots, depths, *shape]. What grows with the sequence (the keys and values of full attention) lies in pages.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kernels.pool import PADDING_SLOT
+from models.pages import PAGE, Pages
 
 ALIGNMENT = 16  # floats: one cache line
 
@@ -24,81 +26,192 @@ class Leaf:
     fill: float = 0.0  # its value before the first token
 
 
-LayerLeaves = Mapping[str, Leaf]
-LayerState = Mapping[str, Tensor]  # name -> [slots, depths, *shape]
+@dataclass(frozen=True, slots=True)
+class PagedLeaf:
+    """One entry of this shape for every token, in pages [pages, PAGE, *shape]."""
+
+    shape: tuple[int, ...]
+
+
+LayerLeaves = Mapping[str, Leaf | PagedLeaf]
+LayerState = Mapping[str, Tensor]
+"""Name -> [slots, depths, *shape] of a Leaf, [pages, PAGE, *shape] of a PagedLeaf; a layer with the latter also has
+"tables" [slots, depths, most pages], the page numbers of each sequence."""
+
+
+def pool_of(state: LayerState | None, name: str) -> Tensor | None:
+    """A kernel's pool: that of the name, or none where there is no state (training)."""
+    return None if state is None else state[name]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLayout:
+    """The state of one layer."""
+
+    leaves: LayerLeaves
+    depths: int = 1  # depths at which the layer runs
+    shared: bool = False  # all depths address one instance
+    group: int = 0  # layers of one group see the same tokens, and share tables
+
+    @property
+    def instances(self) -> int:
+        return 1 if self.shared else self.depths
+
+    def of_kind(self, kind: type) -> dict[str, Leaf | PagedLeaf]:
+        return {name: leaf for name, leaf in self.leaves.items() if isinstance(leaf, kind)}
+
+    @property
+    def paged(self) -> bool:
+        return bool(self.of_kind(PagedLeaf))
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where each state tensor lies in a slot's row. `layers[i]` are layer i's leaves; `depths[i]` how many
-    instances of them a sequence has (1, or one for every depth at which the layer runs)."""
+    """The state of all layers, in their order."""
 
-    layers: tuple[LayerLeaves, ...]
-    depths: tuple[int, ...]
+    layers: tuple[LayerLayout, ...]
 
     @staticmethod
-    def of(layers: Sequence[LayerLeaves], depths: Sequence[int] | None = None) -> "Layout":
-        return Layout(tuple(layers), tuple(depths or [1] * len(layers)))
+    def of(layers: Sequence[LayerLeaves]) -> "Layout":
+        """Of a plain stack: every layer runs once."""
+        return Layout(tuple(LayerLayout(leaves) for leaves in layers))
 
     def places(self) -> tuple[list[dict[str, tuple[int, int]]], int]:
-        """For each layer and leaf: (offset, floats of one depth, aligned); and the length of a row in floats."""
+        """For each layer and constant leaf: (offset, floats of one instance, aligned); and the row's length."""
         at = 0
         result = []
-        for leaves, depths in zip(self.layers, self.depths, strict=True):
-            layer = {}
-            for name, leaf in leaves.items():
+        for layer in self.layers:
+            places = {}
+            for name, leaf in layer.of_kind(Leaf).items():
                 size = math.prod(leaf.shape)
                 size += -size % ALIGNMENT
-                layer[name] = (at, size)
-                at += size * depths
-            result.append(layer)
+                places[name] = (at, size)
+                at += size * layer.instances
+            result.append(places)
         return result, at
 
     @property
-    def floats(self) -> int:
-        return self.places()[1]
+    def bytes_per_slot(self) -> int:
+        """Constant state of one sequence, however long it grows."""
+        return 4 * self.places()[1]
+
+    def bytes_per_token(self, itemsize: int = 4) -> int:
+        """What each further token of a sequence adds; 0 for a model without full attention."""
+        sizes = (
+            layer.instances * sum(math.prod(leaf.shape) for leaf in layer.of_kind(PagedLeaf).values())
+            for layer in self.layers
+        )
+        return itemsize * sum(sizes)
 
     @property
-    def bytes_per_slot(self) -> int:
-        return 4 * self.floats
+    def paged(self) -> bool:
+        return any(layer.paged for layer in self.layers)
 
 
-class StatePool:
-    """The states of `slots` sequences, float32; slot 0 is padding and belongs to nobody."""
+@dataclass(slots=True)
+class Snapshot:
+    """The state of one sequence, apart from any pool."""
 
-    def __init__(self, layout: Layout, slots: int, device: torch.device | str = "cpu"):
-        places, floats = layout.places()
-        self.layout = layout
-        self.slots = slots
-        self.arena = torch.zeros(slots + 1, floats, device=device)
-        self._blank = torch.zeros(floats, device=device)
-        self.layers: list[LayerState] = []
-        for leaves, depths, place in zip(layout.layers, layout.depths, places, strict=True):
-            views = {}
-            for name, leaf in leaves.items():
-                at, size = place[name]
-                self._blank[at : at + size * depths] = leaf.fill
-                inner = [math.prod(leaf.shape[i + 1 :]) for i in range(len(leaf.shape))]
-                views[name] = self.arena.as_strided(
-                    (slots + 1, depths, *leaf.shape), (floats, size, *inner), storage_offset=at
-                )
-            self.layers.append(views)
-        self.arena[PADDING_SLOT] = self._blank
+    row: Tensor  # [floats]
+    entries: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)  # (layer, leaf, instance) -> [T, *shape]
 
     @property
     def nbytes(self) -> int:
-        return self.arena.nbytes
+        return int(self.row.nbytes + sum(e.nbytes for e in self.entries.values()))
+
+
+class StatePool:
+    """The states of `slots` sequences; slot 0 is padding and belongs to nobody."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        slots: int,
+        device: torch.device | str = "cpu",
+        *,
+        tokens: int = 0,
+        longest: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ):
+        """`tokens`: entries of all sequences together that the pages hold; `longest`: of one sequence; `dtype` of the
+        pages. None of them matters to a model without full attention."""
+        self.layout = layout
+        self.slots = slots
+        places, floats = layout.places()
+        self.arena = torch.zeros(slots + 1, floats, device=device)
+        self._blank = torch.zeros(floats, device=device)
+        self.pages: dict[int, Pages] = {}  # by group
+        self.layers: list[LayerState] = []
+        for layer, place in zip(layout.layers, places, strict=True):
+            state: dict[str, Tensor] = {}
+            for name, leaf in layer.of_kind(Leaf).items():
+                state[name] = self._view(layer, leaf, *place[name])
+            if layer.paged:
+                state |= self._paged(layer, tokens, longest, dtype)
+            self.layers.append(state)
+        self.arena[:] = self._blank
+
+    def _view(self, layer: LayerLayout, leaf: Leaf | PagedLeaf, at: int, size: int) -> Tensor:
+        assert isinstance(leaf, Leaf)
+        self._blank[at : at + size * layer.instances] = leaf.fill
+        inner = [math.prod(leaf.shape[i + 1 :]) for i in range(len(leaf.shape))]
+        shape, strides = (layer.instances, *leaf.shape), (size, *inner)
+        view = self.arena.as_strided((self.slots + 1, *shape), (self.arena.shape[1], *strides), storage_offset=at)
+        return view.expand(-1, layer.depths, *leaf.shape) if layer.shared else view
+
+    def _paged(self, layer: LayerLayout, tokens: int, longest: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        if layer.group not in self.pages:
+            self.pages[layer.group] = Pages(self.slots, layer.instances, tokens, longest, self.arena.device)
+        pages = self.pages[layer.group]
+        tables = pages.tables.expand(-1, layer.depths, -1) if layer.shared else pages.tables
+        state = {"tables": tables}
+        for name, leaf in layer.of_kind(PagedLeaf).items():
+            state[name] = torch.zeros(pages.count + 1, PAGE, *leaf.shape, dtype=dtype, device=self.arena.device)
+        return state
+
+    @property
+    def nbytes(self) -> int:
+        paged = (state[n].nbytes for lay, state in zip(self.layout.layers, self.layers, strict=True) for n in lay.of_kind(PagedLeaf))
+        return int(self.arena.nbytes + sum(paged))
 
     def reset(self, slot: int) -> None:
         """The state before the first token."""
         self.arena[slot] = self._blank
+        for pages in self.pages.values():
+            pages.release(slot)
+
+    def release(self, slot: int) -> None:
+        """Give back what the slot holds beside its row."""
+        for pages in self.pages.values():
+            pages.release(slot)
 
     def copy(self, source: int, target: int) -> None:
-        self.arena[target] = self.arena[source]
+        """Give one slot the state of another."""
+        if not self.pages:
+            self.arena[target] = self.arena[source]
+        else:
+            self.write(target, self.read(source))
 
-    def read(self, slot: int) -> Tensor:
-        """A copy of the slot's row."""
-        return self.arena[slot].clone()
+    def read(self, slot: int) -> Snapshot:
+        """A copy of a slot's state."""
+        snapshot = Snapshot(self.arena[slot].clone())
+        for i, layer, name, instance in self._entries():
+            pages = self.pages[layer.group]
+            snapshot.entries[i, name, instance] = pages.gather(self.layers[i][name], slot, instance)
+        return snapshot
 
-    def write(self, slot: int, row: Tensor) -> None:
-        self.arena[slot] = row
+    def write(self, slot: int, snapshot: Snapshot) -> None:
+        """Give a slot a state that was read."""
+        self.reset(slot)
+        self.arena[slot] = snapshot.row
+        for i, layer, name, instance in self._entries():
+            entries = snapshot.entries[i, name, instance]
+            self.pages[layer.group].scatter(self.layers[i][name], slot, instance, entries)
+
+    def _entries(self) -> list[tuple[int, LayerLayout, str, int]]:
+        return [
+            (i, layer, name, instance)
+            for i, layer in enumerate(self.layout.layers)
+            for name in layer.of_kind(PagedLeaf)
+            for instance in range(layer.instances)
+        ]

@@ -1,0 +1,69 @@
+"""Pages: memory for what grows with a sequence."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+PAGE = 16  # entries
+PADDING_PAGE = 0
+
+Ints = npt.NDArray[np.int64]
+
+
+def pages_for(entries: int) -> int:
+    return -(-entries // PAGE)
+
+
+class Pages:
+    """Which pages each (slot, depth) holds, for one group of layers. Page 0 is padding and belongs to nobody."""
+
+    def __init__(self, slots: int, depths: int, tokens: int, longest: int, device: torch.device | str):
+        """Pages for `tokens` tokens of all sequences together at each of the depths, `longest` of one sequence. A
+        sequence leaves part of its last page empty; that part counts as its own."""
+        self.count = depths * (tokens // PAGE)
+        self.tables = torch.zeros(slots + 1, depths, pages_for(longest), dtype=torch.int64, device=device)
+        self.held = np.zeros((slots + 1, depths), np.int64)  # pages of each
+        self.entries = np.zeros((slots + 1, depths), np.int64)
+        self._free = list(range(self.count, 0, -1))
+
+    @property
+    def available(self) -> int:
+        return len(self._free)
+
+    def append(self, slots: Ints, depths: Ints, tokens: Ints) -> None:
+        """Make room for so many more entries at each (slot, depth). Raises IndexError when no page is left: admission
+        looks first."""
+        self.entries[slots, depths] += tokens
+        wanted = -(-self.entries[slots, depths] // PAGE)
+        for at in np.flatnonzero(wanted > self.held[slots, depths]):
+            self._grow(int(slots[at]), int(depths[at]), int(wanted[at]))
+
+    def _grow(self, slot: int, depth: int, pages: int) -> None:
+        held = int(self.held[slot, depth])
+        new = [self._free.pop() for _ in range(pages - held)]
+        self.tables[slot, depth, held:pages] = torch.tensor(new, dtype=torch.int64)
+        self.held[slot, depth] = pages
+
+    def release(self, slot: int) -> None:
+        """Give back all pages of a slot."""
+        for depth in np.flatnonzero(self.held[slot]):
+            held = int(self.held[slot, depth])
+            self._free += self.tables[slot, depth, :held].tolist()
+            self.tables[slot, depth, :held] = PADDING_PAGE
+        self.held[slot] = 0
+        self.entries[slot] = 0
+
+    def gather(self, paged: Tensor, slot: int, depth: int) -> Tensor:
+        """The entries of a (slot, depth), in order: [T, *shape]."""
+        held, entries = int(self.held[slot, depth]), int(self.entries[slot, depth])
+        return paged[self.tables[slot, depth, :held]].flatten(0, 1)[:entries].clone()
+
+    def scatter(self, paged: Tensor, slot: int, depth: int, entries: Tensor) -> None:
+        """The reverse, into a (slot, depth) whose tables may be there already, from another leaf of the group."""
+        if self.entries[slot, depth] != len(entries):
+            assert self.entries[slot, depth] == 0, "leaves of one group hold the same entries"
+            self.append(np.array([slot]), np.array([depth]), np.array([len(entries)]))
+        for page in range(pages_for(len(entries))):
+            part = entries[page * PAGE : (page + 1) * PAGE]
+            paged[int(self.tables[slot, depth, page]), : len(part)] = part

@@ -3,11 +3,9 @@
 import asyncio
 from typing import cast
 
-from aiohttp import web
-
 from loadtest.clock import LoopClock
 from loadtest.fake.grpc import GrpcEnd, Method, methods
-from loadtest.fake.http import Http
+from loadtest.fake.http import HttpEnd
 from loadtest.fake.source import Behaviour, Fake
 from loadtest.http2 import PREFACE
 
@@ -15,10 +13,9 @@ from loadtest.http2 import PREFACE
 class _Either(asyncio.Protocol):
     """Looks at the first bytes of a connection and hands it on."""
 
-    def __init__(self, fake: Fake, served: dict[bytes, Method], http: web.Server):
+    def __init__(self, fake: Fake, served: dict[bytes, Method]):
         self._fake = fake
         self._served = served
-        self._http = http
         self._seen = b""
         self._transport = cast("asyncio.Transport", None)
 
@@ -35,7 +32,7 @@ class _Either(asyncio.Protocol):
             grpc.connection_made(self._transport)
             grpc.feed(self._seen[len(PREFACE) :])
         else:
-            http = self._http()
+            http = HttpEnd(self._fake)
             self._transport.set_protocol(http)
             http.connection_made(self._transport)
             http.data_received(self._seen)
@@ -44,9 +41,8 @@ class _Either(asyncio.Protocol):
 async def serve(behaviour: Behaviour, host: str = "127.0.0.1", port: int = 0) -> tuple[Fake, asyncio.Server]:
     """A running server, and its state. Port 0 takes a free one."""
     fake = Fake(behaviour, LoopClock())
-    http = web.Server(Http(fake).handle, access_log=None)
     served = methods(fake)
     server = await asyncio.get_running_loop().create_server(
-        lambda: _Either(fake, served, http), host, port, backlog=1024
+        lambda: _Either(fake, served), host, port, backlog=1024
     )
     return fake, server

@@ -4,12 +4,11 @@ from loadtest.config import Server
 from loadtest.core import Transport
 from loadtest.transports.fathom import FathomTransport
 from loadtest.transports.oip import OipTransport
+from loadtest.transports.openai import OpenAiTransport
 
 
 def transport(server: Server) -> Transport:
     """The transport that the configuration names."""
     if server.transport == "openai":
-        from loadtest.transports.openai import OpenAiTransport  # its HTTP library takes long to import
-
         return OpenAiTransport(server)
     return FathomTransport(server) if server.transport == "fathom" else OipTransport(server)

@@ -2,17 +2,15 @@
 
 import asyncio
 import json
-import ssl
 import time
 from itertools import pairwise
 from typing import Any
 
-import aiohttp
-
 from loadtest.config import Server
 from loadtest.core import Done, Handle, Model, Request, Sample
 from loadtest.errors import FlagError, TargetError
-from loadtest.transports.channel import CONNECT_TIMEOUT, reason, tls_context
+from loadtest.transports.channel import CONNECT_TIMEOUT, reason
+from loadtest.transports.http1 import Client, Exchange
 
 
 class OpenAiTransport:
@@ -21,18 +19,10 @@ class OpenAiTransport:
     def __init__(self, server: Server):
         self._server = server
         self._name = server.model
-        scheme = "https" if server.secure else "http"
-        host = f"[{server.host}]" if ":" in server.host else server.host
-        self._url = f"{scheme}://{host}:{server.port}/v1/"
-        self._tls: ssl.SSLContext | bool = tls_context(server) or True
-        self._session: aiohttp.ClientSession | None = None
+        self._client = Client(server)
 
     async def connect(self) -> Model:
-        # HTTP/1.1 carries one answer at a time, so every request under way has a connection.
-        connector = aiohttp.TCPConnector(limit=0, ssl=self._tls)
-        headers = [*self._server.metadata, ("content-type", "application/json")]
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT)
-        self._session = aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout)
+        await self._reach()
         models = await self._models()
         wanted = self._server.model
         if models is None and not wanted:
@@ -45,29 +35,37 @@ class OpenAiTransport:
         self._name = wanted or str(entry["id"])
         return Model(name=self._name, max_tokens=int(entry.get("max_model_len") or 0))
 
-    async def _models(self) -> dict[str, dict[str, Any]] | None:
-        """By name; None where the server has no list."""
-        assert self._session
-        target = self._server.target
+    async def _reach(self) -> None:
         deadline = time.monotonic() + self._server.wait
         while True:
             try:
-                async with self._session.get(self._url + "models") as response:
-                    if response.status == 404:
-                        return None
-                    if response.status != 200:
-                        raise TargetError(
-                            f"--target {target}: listing its models: HTTP status {response.status}"
-                        )
-                    return {str(entry["id"]): entry for entry in (await response.json())["data"]}
-            except (aiohttp.ClientError, TimeoutError) as error:
+                return await self._client.connect()
+            except (OSError, TimeoutError) as error:
                 if time.monotonic() >= deadline:
-                    raise TargetError(
-                        f"--target {target}: cannot be reached over HTTP: {reason(error)}"
-                    ) from None
+                    why = reason(error)
+                    target = self._server.target
+                    raise TargetError(f"--target {target}: cannot be reached over HTTP: {why}") from None
                 await asyncio.sleep(0.2)
-            except (ValueError, KeyError, TypeError):
-                raise TargetError(f"--target {target}: its list of models is not OpenAI's") from None
+
+    async def _models(self) -> dict[str, dict[str, Any]] | None:
+        """By name; None where the server has no list."""
+        target = self._server.target
+        listing = _Whole(self._client.request("GET", "/v1/models"))
+        self._client.send(listing)
+        try:
+            failure = await asyncio.wait_for(listing.done, CONNECT_TIMEOUT)
+        except TimeoutError as error:
+            failure = reason(error)
+        if failure:
+            raise TargetError(f"--target {target}: listing its models: {failure}")
+        if listing.status == 404:
+            return None
+        if listing.status != 200:
+            raise TargetError(f"--target {target}: listing its models: HTTP status {listing.status}")
+        try:
+            return {str(entry["id"]): entry for entry in json.loads(listing.body)["data"]}
+        except (ValueError, KeyError, TypeError):
+            raise TargetError(f"--target {target}: its list of models is not OpenAI's") from None
 
     def encode(self, request: Request) -> bytes:
         sampling = request.sampling
@@ -83,58 +81,76 @@ class OpenAiTransport:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        return json.dumps({name: value for name, value in body.items() if value is not None}).encode()
+        given = {name: value for name, value in body.items() if value is not None}
+        return self._client.request("POST", "/v1/completions", json.dumps(given).encode())
 
     def send(self, encoded: bytes, sample: Sample, done: Done) -> Handle:
-        assert self._session
-        return _Completion(self._session, self._url + "completions", encoded, sample, done)
+        completion = _Completion(encoded, sample, done)
+        self._client.send(completion)
+        return completion
 
     async def close(self) -> None:
-        if self._session:
-            await self._session.close()
+        await self._client.close()
 
 
-class _Completion:
-    def __init__(self, session: aiohttp.ClientSession, url: str, body: bytes, sample: Sample, done: Done):
+class _Whole(Exchange):
+    """An answer as one."""
+
+    def __init__(self, request: bytes):
+        super().__init__(request)
+        self.body = b""
+        self.done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def on_body(self, now: float, data: bytes) -> None:
+        self.body += data
+
+    def on_end(self, now: float, failure: str) -> None:
+        if not self.done.done():
+            self.done.set_result(failure)
+
+
+class _Completion(Exchange):
+    """An answer as server-sent events."""
+
+    def __init__(self, request: bytes, sample: Sample, done: Done):
+        super().__init__(request)
         self._sample = sample
         self._done = done
-        self._error = ""
+        self._rest = b""  # of a line that is not complete, or of the text of an error
         self._total = 0  # tokens, as the server counted them
-        self._task = asyncio.ensure_future(self._run(session, url, body))
+        self._error = ""
 
     def cancel(self, status: str, detail: str) -> None:
-        if not self._task.done() and not self._sample.status:
-            self._task.cancel()
-            self._finish(status, detail)
+        if not self.ended:
+            self.abandon()
+            self._finish(time.perf_counter(), status, detail)
 
-    async def _run(self, session: aiohttp.ClientSession, url: str, body: bytes) -> None:
+    def on_body(self, now: float, data: bytes) -> None:
+        if self.status != 200:
+            self._rest += data[:500]
+            return
+        *lines, self._rest = (self._rest + data).split(b"\n")
         try:
-            async with session.post(url, data=body) as response:
-                if response.status != 200:
-                    text = (await response.text())[:500]
-                    return self._finish(f"HTTP_{response.status}", text)
-                await self._read(response.content)
-        except (aiohttp.ClientError, OSError) as error:
-            return self._finish("UNAVAILABLE", reason(error))
+            count = sum(self._event(line[5:].strip()) for line in lines if line.startswith(b"data:"))
         except (ValueError, TypeError, AttributeError) as error:
-            return self._finish("UNKNOWN", f"an event that is not OpenAI's: {error}")
-        if self._error:
-            return self._finish("UNKNOWN", self._error)
+            self._error = f"an event that is not OpenAI's: {error}"
+            return
+        if count:
+            self._sample.arrived(now, count)
+
+    def on_end(self, now: float, failure: str) -> None:
         sample = self._sample
+        if failure:
+            return self._finish(now, "UNAVAILABLE", failure)
+        if self.status != 200:
+            return self._finish(now, f"HTTP_{self.status}", self._rest.decode(errors="replace"))
+        if self._error:
+            return self._finish(now, "UNKNOWN", self._error)
         if self._total and sample.stamps:
             counts = spread(self._total, len(sample.stamps))
             sample.stamps = [stamp for stamp, count in zip(sample.stamps, counts, strict=True) if count]
             sample.counts = [count for count in counts if count]
-        return self._finish("OK", "")
-
-    async def _read(self, content: aiohttp.StreamReader) -> None:
-        rest = b""
-        while chunk := await content.readany():
-            now = time.perf_counter()
-            *lines, rest = (rest + chunk).split(b"\n")
-            count = sum(self._event(line[5:].strip()) for line in lines if line.startswith(b"data:"))
-            if count:
-                self._sample.arrived(now, count)
+        return self._finish(now, "OK", "")
 
     def _event(self, data: bytes) -> int:
         """Tokens in one event."""
@@ -153,14 +169,12 @@ class _Completion:
             self._sample.text += text
         return 1 if text else 0
 
-    def _finish(self, status: str, detail: str) -> None:
-        if not self._sample.status:
-            self._sample.finish(time.perf_counter(), status, detail)
-            self._done(self._sample)
+    def _finish(self, now: float, status: str, detail: str) -> None:
+        self._sample.finish(now, status, detail)
+        self._done(self._sample)
 
 
 def spread(total: int, messages: int) -> list[int]:
-    """The tokens of each message where only their sum is known: as even as can be, and one at least in the
-    first."""
+    """The tokens of each message where only their sum is known: as even as can be, the first ones more."""
     ends = [-(-total * i // messages) for i in range(messages + 1)]
     return [b - a for a, b in pairwise(ends)]

@@ -1,7 +1,10 @@
 """The harness's HTTP/2 against gRPC's own, at either end."""
 
 import asyncio
+import shutil
+import subprocess
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -190,3 +193,30 @@ async def test_the_fake_server_speaks_to_grpc_itself() -> None:
         assert failed.value.code() == grpc.StatusCode.INTERNAL
     server.close()
     fake.clock.close()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
+async def test_tls_checks_the_servers_certificate_and_shows_its_own(connect: Connect, tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    names = [
+        "-subj",
+        "/CN=localhost",
+        "-addext",
+        "subjectAltName=DNS:localhost",
+        "-keyout",
+        str(key),
+        "-out",
+        str(certificate),
+    ]
+    subprocess.run([*make.split(), *names], check=True, capture_output=True)
+    pair = (key.read_bytes(), certificate.read_bytes())
+    mutual = grpc.ssl_server_credentials([pair], root_certificates=pair[1], require_client_auth=True)
+    async with running(TINY, credentials=mutual) as (_, target):
+        own = {"cert_file": certificate, "key_file": key}
+        chosen = await connect(target, tls=True, ca_file=certificate, **own)
+        assert (await ask(chosen, request()))[0].status == "OK"
+        with pytest.raises(TargetError, match="CERTIFICATE_VERIFY_FAILED"):
+            await connect(target, tls=True, **own)
+        with pytest.raises(TargetError, match="cannot be reached"):
+            await connect(target)

@@ -10,8 +10,8 @@ from torch import Tensor
 class Batch:
     """Packed tokens of several sequences, and where the state of each lies.
 
-    The tokens of segment n are ``offsets[n] .. offsets[n + 1]``; a decoding sequence is a segment of one token, a
-    prefill chunk a segment of many. All index tensors are int64, on the model's device.
+    The tokens of segment n are ``offsets[n] .. offsets[n + 1]``; a decoding sequence is a segment of one
+    token, a prefill chunk a segment of many. All index tensors are int64, on the model's device.
     """
 
     slots: Tensor  # [N] slot of each segment's state; 0 is padding
@@ -22,6 +22,11 @@ class Batch:
     @property
     def segments(self) -> int:
         return self.slots.shape[0]
+
+    @property
+    def index(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What kernels ask for: slots, depths, offsets."""
+        return self.slots, self.depths, self.offsets
 
     @staticmethod
     def of_sequences(lengths: list[int], device: torch.device | str = "cpu") -> "Batch":

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from models.errors import CheckpointError, ModelNotFoundError
-from models.layers import Packed
+from models.layers import Parted
 
 ZOO = Path(__file__).parent / "zoo"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -41,7 +41,9 @@ def find(path_or_name: str | Path) -> Path:
         there = ", ".join(f"zoo/{p.parent.name}" for p in sorted(ZOO.glob("*/config.json")))
         raise ModelNotFoundError(f"{text}: not in the zoo, which has {there or 'no models yet: make zoo'}")
     if path.exists():
-        raise ModelNotFoundError(f"{text}: a checkpoint is a folder with config.json and *.safetensors, not a file")
+        raise ModelNotFoundError(
+            f"{text}: a checkpoint is a folder with config.json and *.safetensors, not a file"
+        )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
         return _from_hub(text)
     raise ModelNotFoundError(f"{text}: no such folder, zoo model or Hub id")
@@ -103,13 +105,13 @@ class Checkpoint:
         pickled = sorted(f.name for pattern in PICKLED for f in self.folder.glob(pattern))
         if pickled:
             raise CheckpointError(
-                f"{self.folder / pickled[0]}: pickle files are never loaded; convert the weights to safetensors"
+                f"{self.folder / pickled[0]}: pickle files are never loaded; convert them to safetensors"
             )
         raise CheckpointError(f"{self.folder}: no *.safetensors")
 
     def fingerprint(self) -> str:
-        """A digest of configuration and weights: equal for equal models. Large tensors count by their headers and
-        a sample of their bytes, so that it is quick."""
+        """A digest of configuration and weights: equal for equal models. Large tensors count by their headers
+        and a sample of their bytes, so that it is quick."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in self.weight_files():
             size = file.stat().st_size
@@ -143,53 +145,54 @@ class Checkpoint:
                     opened = stack.enter_context(safe_open(str(file), framework="pt"))
                 except (SafetensorError, OSError) as error:
                     raise CheckpointError(f"{file}: truncated or not safetensors: {error}") from None
-                for key in opened.keys():  # noqa: SIM118: not a dict
+                for key in opened.keys():  # noqa: SIM118 (not a dict)
                     where[key] = file, opened
             for key, target in checkpoint_tensors(model, names):
                 if key not in where:
                     near = ", ".join(sorted(where)[:3])
                     raise CheckpointError(
-                        f"{self.folder}: tensor {key} {list(target.shape)} is missing (the files hold {near}, ...)"
+                        f"{self.folder}: tensor {key} {list(target.shape)} is missing "
+                        f"(the files hold {near}, ...)"
                     )
                 file, opened = where.pop(key)
                 shape = list(opened.get_slice(key).get_shape())
                 if shape != list(target.shape):
                     raise CheckpointError(
-                        f"{file}: tensor {key} has shape {shape}, the configuration asks for {list(target.shape)}"
+                        f"{file}: tensor {key} has shape {shape}, "
+                        f"the configuration asks for {list(target.shape)}"
                     )
                 yield key, opened, target
             spare = sorted(key for key in where if not BUFFERS.search(key) and key != "lm_head.weight")
             if spare:
                 raise CheckpointError(
-                    f"{where[spare[0]][0]}: tensor {spare[0]} has no place in this model ({len(spare)} such tensors)"
+                    f"{where[spare[0]][0]}: tensor {spare[0]} has no place in this model "
+                    f"({len(spare)} such tensors)"
                 )
 
 
 def checkpoint_tensors(model: nn.Module, names: Names) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter, or part of one, with its name in the checkpoint: our name, then the family's substitutions."""
+    """Each parameter, or part of one, with its name in the checkpoint: ours after the family's substitutions."""
     substitutions = [(re.compile(pattern), replacement) for pattern, replacement in names]
-
-    def rename(name: str) -> str:
-        for pattern, replacement in substitutions:
-            name = pattern.sub(replacement, name)
-        return name
-
+    paths: dict[str, str] = {"": ""}  # path here -> path there, before the substitutions
     for path, module in model.named_modules():
-        if isinstance(module, Packed):
-            beside = path.rpartition(".")[0] + "." if "." in path else ""
-            for name, part in module.parts():
-                yield rename(beside + name), part
-        else:
-            prefix = path + "." if path else ""
-            for name, parameter in module.named_parameters(recurse=False):
-                yield rename(prefix + name), parameter
+        above, _, own = path.rpartition(".")
+        if path:
+            paths[path] = f"{paths[above]}{getattr(module, 'saved_as', own)}."
+        is_parted = isinstance(module, Parted)
+        found = module.parts() if is_parted else module.named_parameters(recurse=False)
+        for name, tensor in found:
+            name = paths[above if is_parted else path] + name
+            for pattern, replacement in substitutions:
+                name = pattern.sub(replacement, name)
+            yield name, tensor
 
 
 def save(folder: Path, model: nn.Module, names: Names, config: Mapping[str, Any], dtype: torch.dtype) -> None:
     """Write config.json and model.safetensors, in the format that `Checkpoint` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        key: part.detach().to("cpu", dtype).contiguous().clone() for key, part in checkpoint_tensors(model, names)
+        key: part.detach().to("cpu", dtype).contiguous().clone()
+        for key, part in checkpoint_tensors(model, names)
     }
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
     text = json.dumps({**config, "torch_dtype": str(dtype).removeprefix("torch.")}, indent=2)

@@ -1,5 +1,6 @@
 """What the configurations of all families have in common."""
 
+from collections.abc import Collection
 from typing import Any, ClassVar, Self
 
 import pydantic
@@ -7,10 +8,31 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from models.errors import ConfigError
 
+COMMON = frozenset(
+    {
+        "_name_or_path", "architectures", "auto_map", "chunk_size_feed_forward", "dtype", "id2label",
+        "initializer_range", "is_encoder_decoder", "label2id", "model_type", "output_attentions",
+        "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "torch_dtype",
+        "transformers_version", "use_cache",
+    }
+)  # fmt: skip
+"""Keys of every configuration that the transformers library writes; none changes what is computed here."""
+
+
+def one_of(name: str, known: Collection[str]) -> str:
+    """For validators: the name itself. Raises ValueError for one that is not known."""
+    if name not in known:
+        raise ValueError(f"must be one of {', '.join(sorted(known))}")
+    return name
+
 
 class ModelConfig(BaseModel):
-    """A `config.json`, validated. A family lists the keys that it understands; a key whose only supported value is
-    the usual one is typed as that literal, so that a checkpoint asking for something else is refused by name."""
+    """A `config.json`, validated.
+
+    A family lists the keys that it understands, with the defaults of its format; a key whose only supported
+    value is the usual one is typed as that literal, so that a checkpoint asking for something else is refused
+    by name. Keys of the format that change nothing of what is computed here stand in `inert`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -22,6 +44,7 @@ class ModelConfig(BaseModel):
     eos_token_id: int | list[int] | None = None
 
     aliases: ClassVar[dict[str, str]] = {}  # a format's own name for a key -> the name used here
+    inert: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
@@ -31,8 +54,17 @@ class ModelConfig(BaseModel):
         return {cls.aliases.get(key, key): value for key, value in raw.items()}
 
     @classmethod
+    def unknown(cls, raw: dict[str, Any]) -> list[str]:
+        """Keys of a parsed config.json that this family neither reads nor knows to mean nothing here."""
+        known = {*cls.model_fields, *cls.aliases, *COMMON}
+        for ancestor in cls.__mro__:
+            known |= ancestor.__dict__.get("inert", frozenset())
+        return sorted(raw.keys() - known)
+
+    @classmethod
     def read(cls, raw: dict[str, Any], file: object) -> Self:
-        """Validate a parsed config.json. Raises ConfigError naming the file, the field, its value and what it may be."""
+        """Validate a parsed config.json. Raises ConfigError naming the file, the field, its value and what it
+        may be."""
         try:
             return cls.model_validate(raw)
         except pydantic.ValidationError as error:

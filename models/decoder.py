@@ -1,13 +1,13 @@
 """A decoder-only language model as the engine sees it: stages, rows, states, logits.
 
-A *stage* is a run of layers with one set of weights for every token passing through. A *row* is the vector that a
-token carries between stages, [row_width]: its hidden vector, and whatever else the next stage needs of it. A plain
-stack is one stage; looped, nested and chained models have several (models.depth).
+A *stage* is a run of layers with one set of weights for every token passing through. A *row* is the vector
+that a token carries between stages, [row_width]: its hidden vector, and whatever else the next stage needs of
+it. A plain stack is one stage; looped, nested and chained models have several (models.depth).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,39 +18,60 @@ from models.paths import Node, Path
 from models.state import LayerLeaves, LayerState, Layout
 
 
-class Mixer(Protocol):
+class Mixer(nn.Module):
     """What mixes tokens along a sequence: projections around one kernel."""
 
     def leaves(self) -> LayerLeaves:
         """The state that one sequence keeps."""
+        raise NotImplementedError
 
-    def __call__(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
-        """Packed x [T, D] -> [T, D]; the state is advanced in place. Without a state: from zero, differentiable."""
+    def forward(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
+        """Packed x [T, D] -> [T, D]; the state is advanced in place. Without one: from zero,
+        differentiable."""
+        raise NotImplementedError
 
     def flops(self) -> int:
         """Floating-point operations of one token beside those of the projections."""
+        raise NotImplementedError
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); either half may be absent."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)); the second half may be absent, or a mixer itself."""
 
     def __init__(
         self,
         mixer_norm: nn.Module,
-        mixer: nn.Module,
+        mixer: Mixer,
         mlp_norm: nn.Module | None = None,
         mlp: nn.Module | None = None,
+        *,
+        pre_norm: nn.Module | None = None,
     ):
+        """`pre_norm` is applied to what comes in, residual included."""
         super().__init__()
+        self.pre_norm = pre_norm
         self.mixer_norm = mixer_norm
         self.mixer = mixer
         self.mlp_norm = mlp_norm
         self.mlp = mlp
 
+    @property
+    def mixers(self) -> list[Mixer]:
+        return [self.mixer, self.mlp] if isinstance(self.mlp, Mixer) else [self.mixer]
+
+    def leaves(self) -> LayerLeaves:
+        return {name: leaf for mixer in self.mixers for name, leaf in mixer.leaves().items()}
+
+    def flops(self) -> int:
+        return sum(mixer.flops() for mixer in self.mixers)
+
     def forward(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
         x = x + self.mixer(self.mixer_norm(x), batch, state)
         if self.mlp is not None and self.mlp_norm is not None:
-            x = x + self.mlp(self.mlp_norm(x))
+            h = self.mlp_norm(x)
+            x = x + (self.mlp(h, batch, state) if isinstance(self.mlp, Mixer) else self.mlp(h))
         return x
 
 
@@ -70,16 +91,26 @@ class Decoder(nn.Module):
         layers: Sequence[nn.Module],
         norm: nn.Module,
         lm_head: Linear | None,
+        *,
+        embedding_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        residual_in_fp32: bool = False,
     ):
-        """Without an `lm_head` of its own the model is tied: the embedding serves as one."""
+        """Without an `lm_head` of its own the model is tied: the embedding serves as one. Embeddings are
+        multiplied by their scale; logits x become c tanh(x / c) for a softcap c; with `residual_in_fp32`, a
+        model in lower precision adds its blocks to float32."""
         super().__init__()
         self.embeddings = embeddings
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.lm_head = lm_head
+        self.embedding_scale = embedding_scale
+        self.logit_softcap = logit_softcap
+        self.residual_in_fp32 = residual_in_fp32
         self.stages: tuple[Stage, ...] = (Stage("stack", range(len(layers)), head=True),)
         self.default_depth = "full"  # policy of a request that does not give one
         self.signals: frozenset[str] = frozenset()  # exit signals of its own: router, gate
+        self._growing: list[set[int]] = []  # by stage: groups of layers whose state grows
 
     @property
     def vocab_size(self) -> int:
@@ -97,8 +128,22 @@ class Decoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embeddings.weight.dtype
 
+    @property
+    def blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.layers))
+
     def layout(self) -> Layout:
-        return Layout.of([layer.mixer.leaves() for layer in self.layers])
+        return Layout.of([block.leaves() for block in self.blocks])
+
+    def appends(self, stage: int, depths: Tensor) -> dict[int, Tensor]:
+        """For each group of layers of a stage whose state grows: the instance at which each segment, at these
+        depths [N], appends its tokens; -1 where it only reads."""
+        if not self._growing:
+            layout = self.layout()
+            self._growing = [
+                {layout.layers[i].group for i in s.layers if layout.layers[i].paged} for s in self.stages
+            ]
+        return dict.fromkeys(self._growing[stage], depths)
 
     def path(self) -> Path:
         """The way of a token that goes the whole depth, with the exits that it passes."""
@@ -106,19 +151,27 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [T] -> rows [T, row_width]."""
-        return self.embeddings(ids)
+        rows = self.embeddings(ids)
+        # The factor in the model's own precision, as the published code has it.
+        return rows if self.embedding_scale == 1 else rows * rows.new_tensor(self.embedding_scale)
 
     def run(self, stage: int, rows: Tensor, batch: Batch, states: Sequence[LayerState] | None) -> Tensor:
         """Rows [T, row_width] through one stage; states are advanced in place."""
+        x = rows.float() if self.residual_in_fp32 else rows
         for i in self.stages[stage].layers:
-            rows = self.layers[i](rows, batch, None if states is None else states[i])
-        return rows
+            x = self.layers[i](x, batch, None if states is None else states[i])
+        return x.to(rows.dtype)
 
     def logits(self, rows: Tensor) -> Tensor:
         """Rows [R, row_width] that have passed the last stage -> [R, vocab_size], float32."""
         x = self.norm(rows)
         head = self.embeddings.weight if self.lm_head is None else self.lm_head.weight
-        return torch.nn.functional.linear(x, head).float()
+        logits = torch.nn.functional.linear(
+            x, head, None if self.lm_head is None else self.lm_head.bias
+        ).float()
+        if self.logit_softcap is not None:
+            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+        return logits
 
     def forward(self, ids: Tensor, batch: Batch) -> Tensor:
         """Every stage once, from an empty state: packed ids [T] -> logits [T, vocab_size]. For training."""
@@ -131,7 +184,8 @@ class Decoder(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, units: float | None = None) -> float:
-        """Of a token that goes so deep, or the whole depth. Multiply-adds count as two; the embedding lookup is free."""
+        """Of a token that goes so deep, or the whole depth. Multiply-adds count as two; the embedding lookup
+        is free."""
         head = self.vocab_size * self.row_width
         weights = sum(p.numel() for p in self.layers.parameters()) + head
-        return 2 * weights + sum(layer.mixer.flops() for layer in self.layers)
+        return 2 * weights + sum(block.flops() for block in self.blocks)

@@ -1,70 +1,104 @@
 """The parts that every family is made of."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "elu": F.elu,
     "gelu": F.gelu,
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "identity": lambda x: x,
+    "hardswish": F.hardswish,
+    "leaky_relu": F.leaky_relu,
+    "linear": lambda x: x,
+    "mish": F.mish,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
+    "relu6": F.relu6,
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
-    "sqrelu": lambda x: F.relu(x).square(),
     "swish": F.silu,
     "tanh": torch.tanh,
 }
+"""By the names that they have in the transformers library."""
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def saved_as(name: str, module: M) -> M:
+    """A module whose name in a checkpoint is not that of the attribute that holds it here."""
+    object.__setattr__(module, "saved_as", name)
+    return module
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32."""
+    """x / rms(x) * weight, in float32, over the last dimension of `size`."""
 
     def __init__(self, size: int, eps: float, affine: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size)) if affine else None
+        self.size = (size,)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        if self.weight is not None:
-            y = y * self.weight.float()
-        return y.to(x.dtype)
+        return F.rms_norm(x, self.size, self.weight, self.eps)
+
+
+class GroupNorm(nn.Module):
+    """Layer norm of each of the groups that the last dimension is cut into."""
+
+    def __init__(self, groups: int, size: int, eps: float, affine: bool = True, bias: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(size)) if affine and bias else None
+        self.groups = groups
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, groups, size / groups], or [T, size] -> [T, size]."""
+        return F.group_norm(x.reshape(x.shape[0], -1), self.groups, self.weight, self.bias, self.eps)
 
 
 class Linear(nn.Linear):
-    """A projection. `torch.nn.Linear` without its random start: weights are loaded, or set by `models.train`."""
+    """`torch.nn.Linear` without its random start: weights are loaded, or set by `models.train`."""
 
     def reset_parameters(self) -> None:
         pass
 
 
-class Packed(nn.Module):
+class Parted(nn.Module):
+    """A module whose parameters are put together from several tensors of a checkpoint."""
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in the checkpoint, beside this module; the part of a parameter that it fills)."""
+        raise NotImplementedError
+
+
+class Packed(Parted):
     """Several projections of one input, computed as one matrix product.
 
-    Each part keeps its own name in a checkpoint: a Packed at ``attn.in_proj`` with parts q_proj and k_proj is read
-    from ``attn.q_proj.weight`` and ``attn.k_proj.weight``.
+    Each part keeps its own name in a checkpoint: a Packed at ``attn.in_proj`` with parts q_proj and k_proj is
+    read from ``attn.q_proj.weight`` and ``attn.k_proj.weight``.
     """
 
     def __init__(self, in_features: int, parts: Mapping[str, int], bias: bool | frozenset[str] = False):
         super().__init__()
-        self.sizes = list(parts.values())
+        self.sizes: Sequence[int] = list(parts.values())
         self.names = list(parts)
         self.weight = nn.Parameter(torch.empty(sum(self.sizes), in_features))
         self.biased = frozenset(parts) if bias is True else frozenset(bias or ())
         self.bias = nn.Parameter(torch.zeros(sum(self.sizes))) if self.biased else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
+    def forward(self, x: Tensor, sizes: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+        """The projections, one tensor for each part, or cut into other `sizes`."""
+        return F.linear(x, self.weight, self.bias).split(sizes or self.sizes, dim=-1)
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in the checkpoint, beside this module; the rows that it fills)."""
         at = 0
         for name, size in zip(self.names, self.sizes, strict=True):
             yield f"{name}.weight", self.weight[at : at + size]
@@ -85,3 +119,31 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x)
         return self.down_proj(self.activation(gate) * up)
+
+
+class Rotary:
+    """Rotary positions: each pair of channels is turned by position * base^(-2 i / dim)."""
+
+    def __init__(self, dim: int, base: float = 10000.0, interleaved: bool = False):
+        """`dim` channels, the first of a head, are turned; pairs lie half of them apart, or side by side."""
+        if dim % 2:
+            raise ValueError(f"rotary dimension = {dim}: must be even")
+        self.dim = dim
+        self.base = base
+        self.interleaved = interleaved
+        self._frequencies: Tensor | None = None
+
+    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [T, H, D], positions [T] -> [T, H, D]."""
+        if self._frequencies is None or self._frequencies.device != x.device:
+            exponents = torch.arange(0, self.dim, 2, device=x.device).float() / self.dim
+            self._frequencies = 1.0 / self.base**exponents
+        angles = (positions.float()[:, None] * self._frequencies)[:, None]  # [T, 1, dim / 2]
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        turned = x[..., : self.dim]
+        if self.interleaved:
+            a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
+            turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+            return turned if self.dim == x.shape[-1] else torch.cat([turned, x[..., self.dim :]], -1)
+        a, b = turned.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., self.dim :]], -1)

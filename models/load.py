@@ -1,10 +1,13 @@
 """From a checkpoint to a model that is ready to serve."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 
 from models.checkpoint import Checkpoint
 from models.config import ModelConfig
@@ -44,6 +47,7 @@ def load(
     model = model.to(pick_dtype(dtype, place)).to_empty(device=place)
     checkpoint.load_into(model, host.NAMES)
     model.requires_grad_(False).eval()
+    prepare(model)
     return LoadedModel(
         name=str(path_or_name),
         model=model,
@@ -52,6 +56,13 @@ def load(
         tokenizer=checkpoint.tokenizer(),
         fingerprint=checkpoint.fingerprint(),
     )
+
+
+def prepare(model: nn.Module) -> None:
+    """Let every module that has a `prepare` compute what follows from its weights, which are final now."""
+    for module in model.modules():
+        if hasattr(module, "prepare"):
+            cast("Callable[[], None]", module.prepare)()
 
 
 def pick_device(device: str | torch.device) -> torch.device:

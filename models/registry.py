@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from models.config import ModelConfig
 from models.decoder import Decoder
@@ -10,10 +10,15 @@ from models.errors import ConfigError
 
 FAMILIES: Mapping[str, str] = {
     "gla": "models.mixers.gla",
+    "hgrn2": "models.mixers.hgrn2",
+    "linear_attn": "models.mixers.linear_attn",
+    "retnet": "models.mixers.retnet",
+    "rwkv6": "models.mixers.rwkv6",
 }
 
 
 class Family(Protocol):
+    Config: type[ModelConfig]
     NAMES: tuple[tuple[str, str], ...]
 
     def build(self, raw: dict[str, Any], file: object) -> tuple[ModelConfig, Decoder]: ...
@@ -22,6 +27,6 @@ class Family(Protocol):
 def family(raw: dict[str, Any], file: object) -> Family:
     """The module that hosts a parsed config.json. Raises ConfigError for a `model_type` that none does."""
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(file, "model_type", model_type, f"must be one of {', '.join(sorted(FAMILIES))}")
-    return importlib.import_module(FAMILIES[model_type])  # type: ignore[return-value]
+    return cast("Family", importlib.import_module(FAMILIES[model_type]))

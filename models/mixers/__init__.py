@@ -1,1 +1,1 @@
-"""One file per family: its configuration, its projections around one kernel, and its names in a checkpoint."""
+"""One file per family: its configuration, its projections around a kernel, its names in a checkpoint."""

@@ -1,27 +1,42 @@
 """The short causal convolution that many families put before their recurrence."""
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor, nn
 
 from kernels.conv import conv
 from models.batch import Batch
+from models.layers import Parted
 from models.state import Leaf
 
 
-class ShortConv(nn.Module):
-    """Depthwise over `channels`, `width` taps, then SiLU. The checkpoint's weight is [channels, 1, width]."""
+class ShortConv(Parted):
+    """Depthwise over the channels of all parts, `width` taps, then SiLU.
 
-    def __init__(self, channels: int, width: int, bias: bool = False, silu: bool = True):
+    Each part keeps its own name in a checkpoint, beside this module: weight [channels, 1, width] and bias
+    [channels].
+    """
+
+    def __init__(self, parts: Mapping[str, int], width: int, bias: bool = False, silu: bool = True):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, 1, width))
-        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.sizes = dict(parts)
+        self.channels = sum(parts.values())
+        self.weight = nn.Parameter(torch.empty(self.channels, width))
+        self.bias = nn.Parameter(torch.empty(self.channels)) if bias else None
         self.silu = silu
 
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        at = 0
+        for name, size in self.sizes.items():
+            yield f"{name}.weight", self.weight[at : at + size, None]
+            if self.bias is not None:
+                yield f"{name}.bias", self.bias[at : at + size]
+            at += size
+
     def leaf(self) -> Leaf:
-        return Leaf((self.weight.shape[2] - 1, self.weight.shape[0]))
+        return Leaf((self.weight.shape[1] - 1, self.channels))
 
     def forward(self, x: Tensor, batch: Batch, pool: Tensor | None) -> Tensor:
         """x [T, channels] -> [T, channels]."""
-        return conv(
-            x, self.weight.squeeze(1), self.bias, pool, batch.slots, batch.depths, batch.offsets, silu=self.silu
-        )
+        return conv(x, self.weight, self.bias, pool, *batch.index, silu=self.silu)

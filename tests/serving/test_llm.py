@@ -96,7 +96,7 @@ def naive_logits(loaded: LoadedModel, tokens: list[int]) -> Tensor:
         o, _ = outer_naive(
             q.view(len(tokens), mixer.heads, -1), k.view(shape), v.view(shape), gk.view(shape), state, mixer.K**-0.5
         )
-        o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * mixer.g_norm_swish_gate.weight
+        o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * mixer.g_norm.weight
         x = x + mixer.o_proj(o.flatten(1) * torch.nn.functional.silu(gate[0]))
         x = x + layer.mlp(layer.mlp_norm(x))
     return model.logits(x)

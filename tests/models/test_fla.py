@@ -1,0 +1,82 @@
+"""Families in flash-linear-attention's formats, against that library's own layers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fla")
+
+import fla.models as fla
+import torch
+from torch import Tensor
+
+from tests.models import fla_on_cpu  # noqa: F401  (rebinds the kernels)
+from tests.models.reference import assert_config_is_covered, assert_equal, randomise, save
+
+TINY: dict[str, Any] = {"vocab_size": 71, "num_hidden_layers": 2, "intermediate_size": 28, "hidden_size": 30}
+
+CASES: dict[str, dict[str, Any]] = {
+    "gla": {"num_heads": 5, "expand_k": 0.5, "expand_v": 1.0},
+    "gla-grouped": {"num_heads": 6, "num_kv_heads": 3, "expand_k": 1.0, "expand_v": 1.4, "conv_size": 3,
+                    "use_short_conv": True, "feature_map": "relu", "clamp_min": -0.05,
+                    "tie_word_embeddings": True},
+    "gla-plain-norm": {"num_heads": 1, "fuse_norm": False, "norm_eps": 1e-3},
+    "gla-no-gate": {"num_heads": 3, "expand_k": 1.0, "use_output_gate": False, "elementwise_affine": False},
+    "retnet": {"num_heads": 3, "expand_k": 0.6, "expand_v": 1.3},
+    "retnet-grouped": {"num_heads": 4, "num_kv_heads": 2, "hidden_size": 24, "feature_map": "gelu",
+                       "use_short_conv": True, "fuse_norm": False, "tie_word_embeddings": True},
+    "retnet-no-gate": {"num_heads": 1, "use_output_gate": False, "elementwise_affine": False},
+    "linear_attn": {"num_heads": 5, "norm_feature_map": True, "feature_map": "relu", "hidden_ratio": 2},
+    "linear_attn-hedgehog": {"num_heads": 6, "num_kv_heads": 2, "feature_map": "hedgehog", "norm_q": True,
+                             "norm_k": True, "tie_word_embeddings": True},
+    "linear_attn-t2r": {"num_heads": 3, "feature_map": "t2r", "expand_v": 1.4, "norm_feature_map": True},
+    "linear_attn-product": {"num_heads": 2, "feature_map": "elementwise_product"},
+    "linear_attn-dpfp": {"num_heads": 6, "feature_map": "dpfp", "elementwise_affine": False},
+    "linear_attn-elu": {"num_heads": 3, "feature_map": "elu", "norm_feature_map": True},
+    "hgrn2": {"expand_ratio": 6},
+    "hgrn2-conv": {"expand_ratio": None, "num_heads": 3, "use_short_conv": True, "conv_size": 2,
+                   "norm_eps": 0.1, "tie_word_embeddings": True},
+    "hgrn2-no-bound": {"expand_ratio": 10, "use_lower_bound": False, "elementwise_affine": False},
+    "rwkv6": {"num_heads": 5, "proj_low_rank_dim": 3, "gate_low_rank_dim": 7},
+    "rwkv6-tied": {"num_heads": 3, "expand_k": 1.0, "expand_v": 0.7, "norm_first": False, "norm_bias": False,
+                   "hidden_act": "relu", "fuse_norm": False, "tie_word_embeddings": True, "norm_eps": 1e-3},
+}  # fmt: skip
+
+
+def build(case: str, **options: Any) -> Any:
+    """A model of the library with random weights."""
+    name = case.split("-")[0]
+    config = fla.__dict__[CONFIGS[name]](**{**TINY, **options})
+    model = fla.__dict__[CONFIGS[name].replace("Config", "ForCausalLM")](config)
+    randomise(model)
+    return model
+
+
+CONFIGS = {
+    "gla": "GLAConfig",
+    "hgrn2": "HGRN2Config",
+    "linear_attn": "LinearAttentionConfig",
+    "retnet": "RetNetConfig",
+    "rwkv6": "RWKV6Config",
+}
+
+
+DERIVED = {"hgrn2": frozenset({"num_heads"})}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_library(case: str, tmp_path: Path) -> None:
+    model = build(case, **CASES[case])
+    save(model, tmp_path)
+
+    def logits(ids: Tensor) -> Tensor:
+        return model(ids[None], use_cache=False).logits[0]
+
+    with torch.no_grad():
+        assert_equal(tmp_path, logits)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_key_is_read_or_known_to_be_inert(name: str) -> None:
+    assert_config_is_covered(fla.__dict__[CONFIGS[name]](), derived=DERIVED.get(name, frozenset()))

@@ -17,6 +17,7 @@ import numpy.typing as npt
 Process = Literal["poisson", "gamma", "constant"]
 Floats = npt.NDArray[np.float64]
 _CHUNK = 1024
+_LARGE = 1 << 22  # requests whose times are drawn at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +54,52 @@ class Profile:
         root = np.sqrt(np.maximum(rate**2 + 2 * slope * rest, 0.0))
         return starts[at] + np.divide(2 * rest, rate + root, out=np.zeros_like(rest), where=rate + root > 0)
 
+    def expected(self, until: float) -> float:
+        """Requests until a time in seconds."""
+        total = 0.0
+        for i, (start, rate) in enumerate(self.points):
+            last = i == len(self.points) - 1
+            width = until - start if last else min(until, self.points[i + 1][0]) - start
+            if width <= 0:
+                break
+            level = last or self.steps
+            slope = 0.0 if level else (self.points[i + 1][1] - rate) / (self.points[i + 1][0] - start)
+            total += rate * width + slope * width**2 / 2
+        return total
+
 
 def arrivals(
-    profile: Profile, process: Process, burstiness: float, rng: np.random.Generator
+    profile: Profile,
+    process: Process,
+    burstiness: float,
+    rng: np.random.Generator,
+    total: float | None = None,
 ) -> Iterator[float]:
-    """Seconds since the start, one for each request, without end."""
-    expected = 0.0
+    """Seconds since the start, one for each request.
+
+    Where the `total` that is expected is known, there are exactly as many, and they fill the time in which
+    they are expected: the process conditioned on its count. Else a thousand requests would come out at 968 to
+    1032, and no two runs would be offered the same load. Without a total, or with one so large that it hardly
+    matters, they come without end.
+    """
+    if total is not None and total < _LARGE:
+        count = max(1, round(total))
+        sums = np.cumsum(_gaps(process, burstiness, rng, count + 1))
+        if process == "constant":
+            yield from profile.times(sums[:-1] - 0.5).tolist()
+        elif sums[-1] > 0:
+            yield from profile.times(sums[:-1] * (total / sums[-1])).tolist()
+        return
+    expected = -0.5 if process == "constant" else 0.0
     while True:
-        sums = expected + np.cumsum(_gaps(process, burstiness, rng))
+        sums = expected + np.cumsum(_gaps(process, burstiness, rng, _CHUNK))
         expected = float(sums[-1])
         yield from profile.times(sums).tolist()
 
 
-def _gaps(process: Process, burstiness: float, rng: np.random.Generator) -> Floats:
+def _gaps(process: Process, burstiness: float, rng: np.random.Generator, count: int) -> Floats:
     if process == "poisson":
-        return rng.exponential(1.0, _CHUNK)
+        return rng.exponential(1.0, count)
     if process == "gamma":
-        return rng.gamma(burstiness, 1.0 / burstiness, _CHUNK)
-    return np.ones(_CHUNK)
+        return rng.gamma(burstiness, 1.0 / burstiness, count)
+    return np.ones(count)

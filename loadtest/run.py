@@ -5,7 +5,7 @@ import contextlib
 import signal
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from math import inf
+from math import ceil, inf
 
 import numpy as np
 
@@ -97,7 +97,12 @@ def due_times(run: Run, workload: Workload) -> Iterator[float] | None:
     profile = Profile.flat(rate)
     if load.ramp_from is not None:
         profile = Profile.ramp(load.ramp_from / work.turns, rate, load.duration or 0.0, load.ramp_steps)
-    return arrivals.arrivals(profile, process, burstiness, np.random.default_rng([load.seed, 0]))
+    if load.duration is None and load.requests is not None:
+        total = float(ceil(load.requests / work.turns))
+    else:
+        total = profile.expected(load.duration or DEFAULT_DURATION)
+    rng = np.random.default_rng([load.seed, 0])
+    return arrivals.arrivals(profile, process, burstiness, rng, total)
 
 
 @contextlib.contextmanager

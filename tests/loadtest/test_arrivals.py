@@ -27,20 +27,24 @@ def test_times_invert_the_cumulative_rate(
     expected = np.linspace(0, 1.5 * duration * max(first, last), 200)
     times = profile.times(expected)
     assert (np.diff(times) >= 0).all()
-    np.testing.assert_allclose([_area(profile, t) for t in times], expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose([profile.expected(t) for t in times], expected, rtol=1e-6, atol=1e-6)
 
 
-def _area(profile: Profile, until: float) -> float:
-    """Requests expected until a time, by the definition."""
-    ends = [*(t for t, _ in profile.points[1:]), np.inf]
-    total = 0.0
-    for (start, rate), end, i in zip(profile.points, ends, range(len(ends)), strict=True):
-        width = min(until, end) - start
-        if width <= 0:
-            break
-        slope = 0.0 if profile.steps or end == np.inf else (profile.points[i + 1][1] - rate) / (end - start)
-        total += rate * width + slope * width**2 / 2
-    return total
+@given(rate=rates, duration=st.floats(0.1, 100), process=st.sampled_from(["poisson", "gamma", "constant"]))
+def test_a_known_total_comes_exactly_and_in_time(rate: float, duration: float, process: Process) -> None:
+    total = min(rate * duration, 2000.0)
+    times = list(arrivals(Profile.flat(rate), process, 0.5, np.random.default_rng(0), total))
+    assert len(times) == max(1, round(total))
+    assert times == sorted(times) and times[0] > 0 and times[-1] < total / rate + 0.5 / rate
+
+
+def test_conditioned_on_their_count_gaps_keep_their_character() -> None:
+    for process, cv in (("poisson", 1.0), ("gamma", 2.0)):
+        times = list(arrivals(Profile.flat(1.0), process, 0.25, np.random.default_rng(0), 20_000.0))
+        gaps = np.diff(times)
+        assert gaps.mean() == pytest.approx(1.0, rel=1e-3)
+        assert gaps.std() == pytest.approx(cv, rel=0.05)
+        assert abs(np.corrcoef(gaps[1:], gaps[:-1])[0, 1]) < 0.03  # each is drawn anew
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_what_is_late_is_sent_in_a_burst_and_keeps_its_time() -> None:
 
 def test_duration_stops_sending_and_lets_answers_come() -> None:
     played = Played(rate=10.0, arrival="constant", duration=1.0, max_tokens=2, server={"ttft": 5.0})
-    assert len(played.server.sent) == 9  # at 0.1 ... 0.9
+    assert played.server.times == pytest.approx([100.05 + 0.1 * i for i in range(10)])
     assert played.columns.ok.all() and played.finished == 1
 
 
@@ -102,8 +102,8 @@ def test_drain_gives_up_on_the_rest() -> None:
     played = Played(
         rate=10.0, arrival="constant", duration=1.0, drain=2.0, max_tokens=1, server={"slots": 3, "ttft": 1.5}
     )
-    assert played.finished == 1 and played.driver.unfinished == 9 - len(played.columns.end) > 0
-    assert played.columns.end.max() <= 100.9 + 2.0 + 1e-9
+    assert played.finished == 1 and played.driver.unfinished == 10 - len(played.columns.end) > 0
+    assert played.columns.end.max() <= 100.95 + 2.0 + 1e-9
 
 
 def test_a_request_that_takes_too_long_ends_as_deadline_exceeded() -> None:
@@ -126,9 +126,9 @@ def test_turns_follow_the_answer_after_thinking() -> None:
     columns = played.columns
     for turn in (1, 2):
         after, before = columns.where(columns.turn == turn), columns.where(columns.turn == turn - 1)
-        ends = sorted(before.end)[: len(after.end)]  # the last sessions are cut off by --requests
-        assert sorted(after.intended) == pytest.approx([end + 2.0 for end in ends])
-    assert [int((columns.turn == turn).sum()) for turn in range(3)] == [3, 2, 1] and played.finished == 1
+        assert sorted(after.intended) == pytest.approx([end + 2.0 for end in sorted(before.end)])
+    assert [int((columns.turn == turn).sum()) for turn in range(3)] == [2, 2, 2] and played.finished == 1
+    assert len(Played(rate=1.0, requests=5, turns=3).server.sent) == 5  # the last session is cut off
 
 
 def test_an_interrupt_keeps_what_has_come() -> None:

@@ -60,6 +60,11 @@ def _from_hub(repo: str) -> Path:
         raise ModelNotFoundError(f"{repo}: no such folder, and the Hub did not give it: {error}") from None
 
 
+def _number(value: dict[str, Any]) -> Any:
+    """Infinity and not-a-number, as the transformers library writes them."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+
 class Checkpoint:
     """The files of one model."""
 
@@ -75,7 +80,7 @@ class Checkpoint:
                 raise CheckpointError(f"{self.folder}: {name} is missing")
             return {}
         try:
-            value = json.loads(file.read_text("utf-8"))
+            value = json.loads(file.read_text("utf-8"), object_hook=_number)
         except ValueError as error:
             raise CheckpointError(f"{file}: not valid JSON: {error}") from None
         if not isinstance(value, dict):

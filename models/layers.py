@@ -49,6 +49,21 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.size, self.weight, self.eps)
 
 
+class GroupRMSNorm(nn.Module):
+    """RMS norm of each of the groups that the last dimension is cut into."""
+
+    def __init__(self, groups: int, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.groups = groups
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, size] -> [T, size]."""
+        grouped = x.unflatten(-1, (self.groups, -1))
+        return F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2) * self.weight
+
+
 class GroupNorm(nn.Module):
     """Layer norm of each of the groups that the last dimension is cut into."""
 

@@ -12,6 +12,7 @@ FAMILIES: Mapping[str, str] = {
     "gla": "models.mixers.gla",
     "hgrn2": "models.mixers.hgrn2",
     "linear_attn": "models.mixers.linear_attn",
+    "mamba2": "models.mixers.mamba2",
     "retnet": "models.mixers.retnet",
     "rwkv6": "models.mixers.rwkv6",
 }

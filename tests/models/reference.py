@@ -83,6 +83,7 @@ def assert_config_is_covered(reference: Any, derived: frozenset[str] = frozenset
     for name, field in config.model_fields.items():
         theirs = raw.get(next((key for key, ours in config.aliases.items() if ours == name), name))
         if not field.is_required() and theirs is not None and name not in derived:
+            theirs = tuple(theirs) if isinstance(theirs, list) else theirs
             assert field.default == theirs, (
                 f"{raw['model_type']}: {name} is {theirs!r} by default, not {field.default!r}"
             )

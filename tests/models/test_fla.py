@@ -38,6 +38,11 @@ CASES: dict[str, dict[str, Any]] = {
     "hgrn2-conv": {"expand_ratio": None, "num_heads": 3, "use_short_conv": True, "conv_size": 2,
                    "norm_eps": 0.1, "tie_word_embeddings": True},
     "hgrn2-no-bound": {"expand_ratio": 10, "use_lower_bound": False, "elementwise_affine": False},
+    "mamba2": {"head_dim": 6, "state_size": 5, "norm_eps": 1e-3},
+    "mamba2-variant": {"head_dim": 4, "expand": 4, "state_size": 3, "hidden_size": 24, "D_has_hdim": True,
+                       "norm_before_gate": True, "use_bias": True, "use_conv_bias": False, "conv_kernel": 3,
+                       "dt_limit": (0.4, 0.9), "tie_word_embeddings": True, "chunk_size": 16},
+    "mamba2-no-norm": {"head_dim": 10, "state_size": 7, "rmsnorm": False, "residual_in_fp32": False},
     "rwkv6": {"num_heads": 5, "proj_low_rank_dim": 3, "gate_low_rank_dim": 7},
     "rwkv6-tied": {"num_heads": 3, "expand_k": 1.0, "expand_v": 0.7, "norm_first": False, "norm_bias": False,
                    "hidden_act": "relu", "fuse_norm": False, "tie_word_embeddings": True, "norm_eps": 1e-3},
@@ -57,12 +62,13 @@ CONFIGS = {
     "gla": "GLAConfig",
     "hgrn2": "HGRN2Config",
     "linear_attn": "LinearAttentionConfig",
+    "mamba2": "Mamba2Config",
     "retnet": "RetNetConfig",
     "rwkv6": "RWKV6Config",
 }
 
 
-DERIVED = {"hgrn2": frozenset({"num_heads"})}
+DERIVED = {"hgrn2": frozenset({"num_heads"}), "mamba2": frozenset({"num_heads", "n_groups", "bos_token_id"})}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,0 +1,54 @@
+"""Families in transformers' formats, against that library's own torch code.
+
+Its caches are left out of the comparison: the whole sequence in one pass, which is where its code is simplest.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+import transformers
+from torch import Tensor
+
+from tests.models.reference import assert_config_is_covered, assert_equal, randomise, save
+
+TINY: dict[str, Any] = {"vocab_size": 71, "num_hidden_layers": 2, "hidden_size": 30, "eos_token_id": 3}
+
+CASES: dict[str, dict[str, Any]] = {
+    "mamba2": {"head_dim": 5, "num_heads": 12, "state_size": 7, "n_groups": 3, "chunk_size": 16},
+    "mamba2-tied": {"head_dim": 6, "num_heads": 5, "expand": 1, "state_size": 3, "n_groups": 1, "conv_kernel": 3,
+                    "use_bias": True, "use_conv_bias": False, "tie_word_embeddings": True, "chunk_size": 32,
+                    "time_step_limit": (0.5, 0.9), "layer_norm_epsilon": 1e-3, "residual_in_fp32": False},
+}  # fmt: skip
+
+
+# By class: other libraries register classes of their own under some of the same names.
+CLASSES = {
+    "mamba2": (transformers.Mamba2Config, transformers.Mamba2ForCausalLM),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_library(case: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config, causal_lm = CLASSES[case.split("-")[0]]
+    model = causal_lm(config(**{**TINY, **CASES[case]}))
+    randomise(model)
+    save(model, tmp_path)
+
+    def logits(ids: Tensor) -> Tensor:
+        return model(ids[None], use_cache=False).logits[0]
+
+    assert_equal(tmp_path, logits)
+
+
+DERIVED = {"mamba2": frozenset({"num_heads"})}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_key_is_read_or_known_to_be_inert(name: str) -> None:
+    assert_config_is_covered(CLASSES[name][0](), derived=DERIVED.get(name, frozenset()))

@@ -8,11 +8,20 @@ from dataclasses import dataclass
 
 import torch
 
-# Of one program: state elements in registers, columns in a small and in a large grid. A diagonal transition
-# is as large as the state and lies in registers as well; its columns are channels, of which a warp should
-# load whole lines.
-_MATRIX = (8192, 8, 32)
-_LIMITS = {"diagonal": (4096, 32, 128)}
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    elements: int  # of the state in the registers of one program, at most
+    narrow: int  # columns of one program in a small grid
+    wide: int  # and in a large one
+    per_warp: int  # elements
+
+
+# Delta sums over the rows twice a token: few warps, because sums across warps go through shared memory. A
+# diagonal transition is as large as the state and lies in registers as well; its columns are channels, of
+# which a warp should load whole lines.
+_LIMITS = {"delta": _Limits(4096, 8, 32, 1024), "diagonal": _Limits(4096, 32, 128, 512)}
+_OTHERS = _Limits(8192, 8, 32, 1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +36,14 @@ def tile(op: str, rows: int, columns: int, grid: int, device: torch.device) -> T
     A small grid wants narrow tiles, so that every multiprocessor has work; a large one wants tiles wide
     enough for 128-bit loads, and few registers a thread.
     """
-    elements, narrow, wide = _LIMITS.get(op, _MATRIX)
-    widest = max(4, elements // _power(rows))
-    wanted = narrow if grid < 256 else wide
+    limits = _LIMITS.get(op, _OTHERS)
+    widest = max(4, limits.elements // _power(rows))
+    wanted = limits.narrow if grid < 256 else limits.wide
     block = min(_power(columns), widest, wanted)
-    return Tile(block, warps=1 if _power(rows) * block <= 1024 else 4)
+    size = _power(rows) * block
+    if op not in _LIMITS:
+        return Tile(block, warps=1 if size <= limits.per_warp else 4)
+    return Tile(block, warps=max(1, size // limits.per_warp))
 
 
 def _power(n: int) -> int:

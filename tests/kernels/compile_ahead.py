@@ -71,8 +71,9 @@ def _compile(module: str, kernel: str, options: dict[str, Any]) -> dict[str, int
     names = function.arg_names
     signature = {name: options["signature"].get(name, "constexpr") for name in names}
     constexprs = {(names.index(name),): value for name, value in options["constexprs"].items()}
-    pointers = [i for i, name in enumerate(names) if signature[name].startswith("*")]
-    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    # A launch finds the same of the engine's pools: strides are multiples of 16 floats.
+    even = [i for i, name in enumerate(names) if signature[name][0] == "*" or name.endswith("_stride")]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in even}
     source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": options["warps"]})
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from math import ceil, inf
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from loadtest.workload import Workload
 
 DEFAULT_DURATION = 30.0  # seconds of an open loop
 DEFAULT_WAVES = 4  # requests of each user of a closed one
+_NO_SIGNALS = (NotImplementedError, ValueError, RuntimeError)  # on Windows, or beside the main thread
 _LEAD = 0.02  # seconds between the last preparations and the first request
 
 
@@ -41,18 +43,25 @@ async def drive(run: Run, chosen: Transport, model: Model, progress: bool = True
     """Measure over a transport that is connected."""
     workload = Workload(run, model)
     plan = make_plan(run, workload)
-    finished = asyncio.Event()
+    finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     clock = LoopClock()
-    driver = Driver(clock, chosen, workload.sessions(), due_times(run, workload), plan, finished.set)
+    driver = Driver(clock, chosen, workload.sessions(), due_times(run, workload), plan, _setter(finished))
     monitor = Monitor(clock)
     started = datetime.now(UTC)
-    with quiet_collector(), _interrupts(driver), Progress(clock, driver, plan, shown=progress):
-        monitor.start()
-        driver.start(clock.now() + _LEAD)
-        await finished.wait()
-        monitor.stop()
-        stopped = clock.now()
-    clock.close()
+    try:
+        with (
+            quiet_collector(),
+            _faults(finished),
+            _interrupts(driver),
+            Progress(clock, driver, plan, shown=progress),
+        ):
+            monitor.start()
+            driver.start(clock.now() + _LEAD)
+            await finished
+            monitor.stop()
+            stopped = clock.now()
+    finally:
+        clock.close()
     loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]
     return conclude(Outcome(run, model, workload, driver, monitor, started, stopped, chosen.streams, loop))
 
@@ -105,6 +114,31 @@ def due_times(run: Run, workload: Workload) -> Iterator[float] | None:
     return arrivals.arrivals(profile, process, burstiness, rng, total)
 
 
+def _setter(finished: "asyncio.Future[None]") -> Callable[[], None]:
+    def finish() -> None:
+        if not finished.done():
+            finished.set_result(None)
+
+    return finish
+
+
+@contextlib.contextmanager
+def _faults(finished: "asyncio.Future[None]") -> Iterator[None]:
+    """A fault in a callback ends the run with its exception: figures without what it lost would be wrong."""
+    loop = asyncio.get_running_loop()
+
+    def fault(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if not finished.done():
+            finished.set_exception(context.get("exception") or RuntimeError(context["message"]))
+
+    before = loop.get_exception_handler()
+    loop.set_exception_handler(fault)
+    try:
+        yield
+    finally:
+        loop.set_exception_handler(before)
+
+
 @contextlib.contextmanager
 def _interrupts(driver: Driver) -> Iterator[None]:
     """The first Ctrl-C ends the run and keeps its figures; a second one ends the program."""
@@ -114,12 +148,10 @@ def _interrupts(driver: Driver) -> Iterator[None]:
         loop.remove_signal_handler(signal.SIGINT)
         driver.interrupt()
 
-    with contextlib.suppress(
-        NotImplementedError, ValueError, RuntimeError
-    ):  # not on Windows, not in a thread
+    with contextlib.suppress(*_NO_SIGNALS):
         loop.add_signal_handler(signal.SIGINT, first)
     try:
         yield
     finally:
-        with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
+        with contextlib.suppress(*_NO_SIGNALS):
             loop.remove_signal_handler(signal.SIGINT)

@@ -14,10 +14,13 @@ from loadtest.config import Server
 from loadtest.core import Model, Request, Sample, Sampling
 from loadtest.errors import FlagError, TargetError
 from loadtest.fake import Behaviour, serve
+from loadtest.recorder import Recorder
+from loadtest.run import drive
 from loadtest.transports import transport
 from loadtest.transports.fathom import FathomTransport
 from protos.fathom.v1 import inference_pb2, inference_pb2_grpc
 from tests.loadtest.servers import TINY, running
+from tests.loadtest.virtual import a_run
 
 
 def request(text: str = "x", max_tokens: int = 3, **fields: Any) -> Request:
@@ -220,3 +223,13 @@ async def test_tls_checks_the_servers_certificate_and_shows_its_own(connect: Con
             await connect(target, tls=True, **own)
         with pytest.raises(TargetError, match="cannot be reached"):
             await connect(target)
+
+
+async def test_a_fault_of_the_harness_ends_the_run(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(TINY) as (_, target):
+        chosen = await connect(target)
+        monkeypatch.setattr(Recorder, "add", lambda self, sample: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.wait_for(
+                drive(a_run(requests=3, max_tokens=3), chosen, Model("tiny"), progress=False), 20
+            )

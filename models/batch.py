@@ -1,6 +1,6 @@
 """What one call of a stage works on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,15 +18,45 @@ class Batch:
     depths: Tensor  # [N] depth instance of each segment's state
     offsets: Tensor  # [N + 1]
     positions: Tensor  # [T] place of each token in its sequence
+    seeds: Tensor | None = None  # [N] of each sequence, for models that draw at random
+    # [T] bool: tokens that have left already, and pass through only to write the state that later tokens will look
+    # for; their rows stay as they are.
+    ghosts: Tensor | None = None
 
     @property
     def segments(self) -> int:
         return self.slots.shape[0]
 
     @property
+    def token_depths(self) -> Tensor:
+        """Depth of each token, [T]."""
+        if self.segments == self.positions.shape[0]:
+            return self.depths
+        return self.depths.repeat_interleave(self.offsets.diff())
+
+    @property
     def index(self) -> tuple[Tensor, Tensor, Tensor]:
         """What kernels ask for: slots, depths, offsets."""
         return self.slots, self.depths, self.offsets
+
+    def select(self, which: Tensor) -> tuple["Batch", Tensor]:
+        """The batch of some segments (bool [N]), and which tokens they are [t]."""
+        lengths = self.offsets.diff()
+        tokens = which.repeat_interleave(lengths).nonzero().squeeze(1)
+        offsets = torch.cat([self.offsets[:1], lengths[which].cumsum(0)])
+        picked = Batch(
+            self.slots[which],
+            self.depths[which],
+            offsets,
+            self.positions[tokens],
+            None if self.seeds is None else self.seeds[which],
+            None if self.ghosts is None else self.ghosts[tokens],
+        )
+        return picked, tokens
+
+    def at_depth(self, depth: int) -> "Batch":
+        """The same tokens, all of them at one depth."""
+        return replace(self, depths=self.depths.new_full(self.depths.shape, depth))
 
     @staticmethod
     def of_sequences(lengths: list[int], device: torch.device | str = "cpu") -> "Batch":

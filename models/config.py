@@ -42,6 +42,7 @@ class ModelConfig(BaseModel):
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    max_position_embeddings: int | None = None  # longest sequence in training; binds full attention only
 
     aliases: ClassVar[dict[str, str]] = {}  # a format's own name for a key -> the name used here
     inert: ClassVar[frozenset[str]] = frozenset()

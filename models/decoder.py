@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.batch import Batch
-from models.layers import Linear
+from models.layers import Linear, softcap
 from models.paths import Node, Path
 from models.state import LayerLeaves, LayerState, Layout
 
@@ -109,7 +109,8 @@ class Decoder(nn.Module):
         self.residual_in_fp32 = residual_in_fp32
         self.stages: tuple[Stage, ...] = (Stage("stack", range(len(layers)), head=True),)
         self.default_depth = "full"  # policy of a request that does not give one
-        self.signals: frozenset[str] = frozenset()  # exit signals of its own: router, gate
+        self.signals: dict[str, int] = {}  # exit signals of its own (router, gate): the column of a row that holds them
+        self.fills = False  # tokens that leave early write what they skip (see Batch.ghosts)
         self._growing: list[set[int]] = []  # by stage: groups of layers whose state grows
 
     @property
@@ -117,8 +118,12 @@ class Decoder(nn.Module):
         return self.embeddings.num_embeddings
 
     @property
-    def row_width(self) -> int:
+    def hidden_size(self) -> int:
         return self.embeddings.embedding_dim
+
+    @property
+    def row_width(self) -> int:
+        return self.hidden_size
 
     @property
     def device(self) -> torch.device:
@@ -159,8 +164,16 @@ class Decoder(nn.Module):
         """Rows [T, row_width] through one stage; states are advanced in place."""
         x = rows.float() if self.residual_in_fp32 else rows
         for i in self.stages[stage].layers:
-            x = self.layers[i](x, batch, None if states is None else states[i])
+            y = self.layers[i](x, batch, None if states is None else states[i])
+            x = y if batch.ghosts is None else torch.where(batch.ghosts[:, None], x, y)
         return x.to(rows.dtype)
+
+    def intermediate_logits(
+        self, rows: Tensor, index: Tensor, batch: Batch, states: Sequence[LayerState] | None
+    ) -> Tensor:
+        """What some [R] of the rows [T, row_width] that are on their way would predict if they left now:
+        [R, vocab_size]. Changes no state."""
+        return self.logits(rows[index, : self.hidden_size])
 
     def logits(self, rows: Tensor) -> Tensor:
         """Rows [R, row_width] that have passed the last stage -> [R, vocab_size], float32."""
@@ -169,9 +182,7 @@ class Decoder(nn.Module):
         logits = torch.nn.functional.linear(
             x, head, None if self.lm_head is None else self.lm_head.bias
         ).float()
-        if self.logit_softcap is not None:
-            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
-        return logits
+        return softcap(logits, self.logit_softcap)
 
     def forward(self, ids: Tensor, batch: Batch) -> Tensor:
         """Every stage once, from an empty state: packed ids [T] -> logits [T, vocab_size]. For training."""

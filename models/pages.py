@@ -5,14 +5,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-PAGE = 16  # entries
+from models.paging import PAGE, pages_for
+
 PADDING_PAGE = 0
 
 Ints = npt.NDArray[np.int64]
-
-
-def pages_for(entries: int) -> int:
-    return -(-entries // PAGE)
 
 
 class Pages:
@@ -31,10 +28,10 @@ class Pages:
     def available(self) -> int:
         return len(self._free)
 
-    def append(self, slots: Ints, depths: Ints, tokens: Ints) -> None:
-        """Make room for so many more entries at each (slot, depth). Raises IndexError when no page is left: admission
-        looks first."""
-        self.entries[slots, depths] += tokens
+    def reach(self, slots: Ints, depths: Ints, entries: Ints) -> None:
+        """Make room for so many entries at each (slot, depth), if there is less. Raises IndexError when no page is
+        left: admission looks first."""
+        self.entries[slots, depths] = np.maximum(self.entries[slots, depths], entries)
         wanted = -(-self.entries[slots, depths] // PAGE)
         for at in np.flatnonzero(wanted > self.held[slots, depths]):
             self._grow(int(slots[at]), int(depths[at]), int(wanted[at]))
@@ -61,9 +58,7 @@ class Pages:
 
     def scatter(self, paged: Tensor, slot: int, depth: int, entries: Tensor) -> None:
         """The reverse, into a (slot, depth) whose tables may be there already, from another leaf of the group."""
-        if self.entries[slot, depth] != len(entries):
-            assert self.entries[slot, depth] == 0, "leaves of one group hold the same entries"
-            self.append(np.array([slot]), np.array([depth]), np.array([len(entries)]))
+        self.reach(np.array([slot]), np.array([depth]), np.array([len(entries)]))
         for page in range(pages_for(len(entries))):
             part = entries[page * PAGE : (page + 1) * PAGE]
             paged[int(self.tables[slot, depth, page]), : len(part)] = part

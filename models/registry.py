@@ -10,11 +10,14 @@ from models.errors import ConfigError
 
 FAMILIES: Mapping[str, str] = {
     "gla": "models.mixers.gla",
+    "gsa": "models.mixers.gsa",
     "hgrn2": "models.mixers.hgrn2",
     "linear_attn": "models.mixers.linear_attn",
+    "llama": "models.mixers.llama",
     "mamba2": "models.mixers.mamba2",
     "retnet": "models.mixers.retnet",
     "rwkv6": "models.mixers.rwkv6",
+    "xlstm": "models.mixers.xlstm",
 }
 
 

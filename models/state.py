@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kernels.pool import PADDING_SLOT
-from models.pages import PAGE, Pages
+from models.pages import Pages
+from models.paging import PAGE
 
 ALIGNMENT = 16  # floats: one cache line
 
@@ -113,7 +114,9 @@ class Snapshot:
     """The state of one sequence, apart from any pool."""
 
     row: Tensor  # [floats]
-    entries: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)  # (layer, leaf, instance) -> [T, *shape]
+    entries: dict[tuple[int, str, int], Tensor] = field(
+        default_factory=dict
+    )  # (layer, leaf, instance) -> [T, *shape]
 
     @property
     def nbytes(self) -> int:
@@ -156,7 +159,9 @@ class StatePool:
         self._blank[at : at + size * layer.instances] = leaf.fill
         inner = [math.prod(leaf.shape[i + 1 :]) for i in range(len(leaf.shape))]
         shape, strides = (layer.instances, *leaf.shape), (size, *inner)
-        view = self.arena.as_strided((self.slots + 1, *shape), (self.arena.shape[1], *strides), storage_offset=at)
+        view = self.arena.as_strided(
+            (self.slots + 1, *shape), (self.arena.shape[1], *strides), storage_offset=at
+        )
         return view.expand(-1, layer.depths, *leaf.shape) if layer.shared else view
 
     def _paged(self, layer: LayerLayout, tokens: int, longest: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -166,12 +171,18 @@ class StatePool:
         tables = pages.tables.expand(-1, layer.depths, -1) if layer.shared else pages.tables
         state = {"tables": tables}
         for name, leaf in layer.of_kind(PagedLeaf).items():
-            state[name] = torch.zeros(pages.count + 1, PAGE, *leaf.shape, dtype=dtype, device=self.arena.device)
+            state[name] = torch.zeros(
+                pages.count + 1, PAGE, *leaf.shape, dtype=dtype, device=self.arena.device
+            )
         return state
 
     @property
     def nbytes(self) -> int:
-        paged = (state[n].nbytes for lay, state in zip(self.layout.layers, self.layers, strict=True) for n in lay.of_kind(PagedLeaf))
+        paged = (
+            state[n].nbytes
+            for lay, state in zip(self.layout.layers, self.layers, strict=True)
+            for n in lay.of_kind(PagedLeaf)
+        )
         return int(self.arena.nbytes + sum(paged))
 
     def reset(self, slot: int) -> None:

@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from serving.bench.cli import app as bench
 from serving.errors import RequestError, ServeConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(bench, name="bench")
 
 
 def _default_target() -> str:
@@ -67,13 +69,13 @@ def generate(
         sampling.seed = _natural("--seed", seed)
     request = pb.GenerateRequest(model=model, text=text, sampling=sampling, timeout_s=timeout)
     with client.connected(target) as channel:
-        if not as_json:
-            typer.secho(text, nl=False, dim=True)
-        for message in client.generate(channel, request):
+        for number, message in enumerate(client.generate(channel, request)):
             if as_json:
                 typer.echo(json.dumps(client.as_dict(message), ensure_ascii=False))
-            else:
-                typer.echo(message.text, nl=False)
+                continue
+            if number == 0:
+                typer.secho(text, nl=False, dim=True)
+            typer.echo(message.text, nl=False)
         if not as_json:
             typer.echo()
 

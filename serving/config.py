@@ -31,7 +31,8 @@ class ModelSpec(Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     prefill_tokens: int = Field(256, ge=1, le=1 << 20)  # prompt tokens of one tick
-    max_tokens: int = Field(1 << 20, ge=2)  # of prompt and continuation together
+    max_tokens: int | None = Field(None, ge=2)  # of prompt and continuation together
+    kv_tokens: int | None = Field(None, ge=16)  # of all sequences of a replica, where attention keeps every token
     max_waiting: int = Field(1024, ge=0)  # requests that one replica queues
     threads: int | None = Field(None, ge=1, le=1024)  # processor threads of one replica; all where not given
     cpus: float = Field(0.5, ge=0)  # that Ray sets aside for one replica

@@ -12,10 +12,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from models.load import LoadedModel, load
+from serving.engine.build import make_engine
 from serving.engine.core import FinishReason, Output, Request, Usage
-from serving.engine.engine import DEFAULT_MAX_TOKENS, Engine
 from serving.engine.params import SamplingParams
-from serving.engine.runner import TorchRunner
 from serving.errors import FailedPreconditionError, InvalidArgumentError
 from serving.text import TextStream
 from serving.threads import use_threads
@@ -59,12 +58,13 @@ class LLM:
         slots: int = 32,
         device: str = "auto",
         prefill_tokens: int = 256,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
+        max_tokens: int | None = None,
+        kv_tokens: int | None = None,
         threads: int | None = None,
         progress: bool | None = None,
     ):
         """`slots` sequences run at a time; more prompts wait their turn. `max_tokens` bounds prompt and continuation
-        together. `progress` draws a bar on long work; by default where standard error is a terminal.
+        together, `kv_tokens` those of all sequences where attention keeps every token. `progress` draws a bar on long work; by default where standard error is a terminal.
 
         Raises models.errors.ModelError when the model cannot be loaded, InvalidArgumentError for impossible options.
         """
@@ -76,13 +76,13 @@ class LLM:
             use_threads(threads)
         self.loaded = model if isinstance(model, LoadedModel) else load(model, dtype, device)
         self.tokenizer = self.loaded.tokenizer
-        self.engine = Engine(
-            TorchRunner(self.loaded.model, slots),
+        self.engine = make_engine(
+            self.loaded,
             slots,
-            eos_token_ids=self.loaded.eos_token_ids,
             prefill_tokens=prefill_tokens,
             max_waiting=sys.maxsize,
             max_tokens=max_tokens,
+            kv_tokens=kv_tokens,
         )
         self._progress = sys.stderr.isatty() if progress is None else progress
         self._ids = itertools.count()

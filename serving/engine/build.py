@@ -16,6 +16,8 @@ from serving.errors import ServeConfigError
 from serving.threads import use_threads
 
 DEFAULT_SLOTS = {"cpu": 64, "cuda": 256}
+CONSTANT_STATE_TOKENS = 1 << 20  # a sequence of constant state costs nothing as it grows; some limit there must be
+UNTRAINED_TOKENS = 4096  # of a model with full attention that does not say how long a sequence may be
 
 
 def build(spec: ModelSpec, observer: Observer | None = None) -> tuple[Engine, LoadedModel, Description]:
@@ -24,17 +26,18 @@ def build(spec: ModelSpec, observer: Observer | None = None) -> tuple[Engine, Lo
     loaded = load(spec.path, spec.dtype, spec.device)
     model = loaded.model
     slots = _slots(spec, model.layout().bytes_per_slot, model.device)
-    engine = Engine(
-        TorchRunner(model, slots),
+    engine = make_engine(
+        loaded,
         slots,
-        eos_token_ids=loaded.eos_token_ids,
         prefill_tokens=spec.prefill_tokens,
         max_waiting=spec.max_waiting,
         max_tokens=spec.max_tokens,
+        kv_tokens=spec.kv_tokens,
     )
     warm_up(engine)
     if observer is not None:
         engine.observer = observer  # that only sees real requests
+    path = engine.runner.path(engine.runner.default_depth)
     description = Description(
         name=spec.name,
         family=loaded.family,
@@ -43,15 +46,40 @@ def build(spec: ModelSpec, observer: Observer | None = None) -> tuple[Engine, Lo
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         layers=len(model.layers),
-        max_tokens=spec.max_tokens,
+        max_tokens=engine.max_tokens,
         eos_token_ids=loaded.eos_token_ids,
         state_bytes_per_sequence=model.layout().bytes_per_slot,
-        flops_per_token=model.flops_per_token(),
+        state_bytes_per_token=model.layout().bytes_per_token(model.dtype.itemsize),
+        flops_per_token=int(model.flops_per_token()),
         fingerprint=loaded.fingerprint,
         slots=slots,
-        max_depth=engine.runner.path(engine.runner.default_depth).full_depth,
+        max_depth=path.full_depth,
     )
     return engine, loaded, description
+
+
+def make_engine(
+    loaded: LoadedModel,
+    slots: int,
+    *,
+    prefill_tokens: int,
+    max_waiting: int,
+    max_tokens: int | None = None,
+    kv_tokens: int | None = None,
+) -> Engine:
+    """`max_tokens` of one sequence, `kv_tokens` of all sequences together that a model with full attention has memory
+    for; by default as long as it was trained for, and `slots` times that."""
+    paged = loaded.model.layout().paged
+    if max_tokens is None:
+        max_tokens = (loaded.config.max_position_embeddings or UNTRAINED_TOKENS) if paged else CONSTANT_STATE_TOKENS
+    return Engine(
+        TorchRunner(loaded.model, slots, max_tokens=max_tokens, token_capacity=kv_tokens),
+        slots,
+        eos_token_ids=loaded.eos_token_ids,
+        prefill_tokens=prefill_tokens,
+        max_waiting=max_waiting,
+        max_tokens=max_tokens,
+    )
 
 
 def warm_up(engine: Engine) -> None:

@@ -65,11 +65,17 @@ class Chunk:
     active: Ints  # indices of the tokens that are walking
     units: Ints  # depth that each has reached
     reasons: Ints
+    streaks: Ints  # passes in a row after which its prediction was the same as before
     node: int = 0
     since: int = 0  # the tick at which it was parked
     meet: int = NOWHERE  # node where those that have left wait
+    fills: bool = False  # those that have left pass along, to write what they skip
     rows: Any = None  # the runner's, between stages: [len(ids), row width]
-    scratch: Any = None  # likewise
+
+    @property
+    def passing(self) -> Ints:
+        """Indices of the tokens that pass through the next stage."""
+        return np.arange(len(self.ids)) if self.fills else self.active
 
     @property
     def last(self) -> bool:
@@ -91,7 +97,7 @@ class Tick:
 
     @property
     def prefill_tokens(self) -> int:
-        return sum(len(chunk.active) for chunk in self.chunks)
+        return sum(len(chunk.passing) for chunk in self.chunks)
 
 
 @dataclass(slots=True)

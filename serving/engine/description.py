@@ -16,6 +16,7 @@ class Description:
     max_tokens: int  # longest sequence, prompt and continuation together
     eos_token_ids: tuple[int, ...]
     state_bytes_per_sequence: int
+    state_bytes_per_token: int  # that a sequence grows by; 0 where all state is constant
     flops_per_token: int
     fingerprint: str
     slots: int

@@ -9,10 +9,8 @@ from serving.engine.core import Chunk, FinishReason, Load, Output, Request, Samp
 from serving.engine.observer import Observer
 from serving.engine.runner import Runner
 from serving.engine.scheduler import Scheduler
+from serving.engine.slots import TokenBudget
 from serving.errors import InvalidArgumentError
-
-DEFAULT_MAX_TOKENS = 1 << 20
-
 
 class Engine:
     """Continuous batching over the slots of one model. Not thread-safe: one thread submits, cancels and steps."""
@@ -25,7 +23,7 @@ class Engine:
         eos_token_ids: Seq[int] = (),
         prefill_tokens: int = 256,
         max_waiting: int = 1024,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
+        max_tokens: int = 1 << 20,
         clock: Callable[[], float] = time.monotonic,
         observer: Observer | None = None,
     ):
@@ -39,9 +37,12 @@ class Engine:
             runner.first_stage,
             runner.final_stages,
             slots,
+            max_tokens=max_tokens,
+            budget=TokenBudget(runner.token_capacity),
             prefill_tokens=prefill_tokens,
             max_waiting=max_waiting,
             clock=clock,
+            fills=runner.fills,
         )
 
     def step(self) -> list[Output]:
@@ -52,7 +53,9 @@ class Engine:
             return outputs
         started = self.clock()
         result = self.runner.run(tick, self.scheduler.rows, self.scheduler.paths)
-        self.scheduler.decide(tick, result.signals)
+        skipped = self.scheduler.decide(tick, result.signals)
+        if skipped:
+            self.runner.skip(tick, skipped, self.scheduler.rows)
         outputs += self._emit(tick, result.sampled)
         self._ran(tick, self.clock() - started)
         return outputs
@@ -184,8 +187,8 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, out: Output) -> None:
         sequence.finished = out.finish_reason = reason
+        self.runner.release(sequence)
         last = self.scheduler.finish(sequence)
-        self.runner.release(sequence.slot)
         if last:
             out.usage = self._usage(sequence.request)
             self.observer.finished(sequence.request, reason, out.usage)

@@ -26,9 +26,12 @@ class Rows:
         self.position = column(0)  # of that token in its sequence
         self.since = column(0)  # the tick at which it was parked
         self.units = column(0)  # depth that the token has reached
+        self.streak = column(0)  # passes in a row after which its prediction was the same as before
         self.reason = column(ExitReason.FULL_DEPTH)  # why it went no deeper
         # The sequence.
         self.path = column(0)
+        self.seed = np.zeros(slots + 1, np.uint64)
+        self.further: dict[int, Ints] = {}  # all slots of a sequence that has several, by its first
         self.emitted = np.full(slots + 1, np.nan)  # when its last token came out; nan before the first
         # Its depth policy.
         self.signal = column(IDLE)  # index into SIGNALS
@@ -46,15 +49,24 @@ class Rows:
         self.position[slot] = position
         self.since[slot] = tick
         self.units[slot] = 0
+        self.streak[slot] = 0
         self.reason[slot] = ExitReason.FULL_DEPTH
 
     def park(self, slots: Ints, nodes: Ints, tick: int) -> None:
         self.node[slots] = nodes
         self.since[slots] = tick
 
+    def held(self, slots: Ints, occurrences: Ints) -> Ints:
+        """The slot that holds the state of each row: its own, or for a repeated layer one of its further ones."""
+        if not occurrences.any():
+            return slots
+        pairs = zip(slots.tolist(), occurrences.tolist(), strict=True)
+        return np.array([self.further[s][o] if o else s for s, o in pairs], np.int64)
+
     def drop(self, slot: int) -> None:
         self.node[slot] = IDLE
         self.emitted[slot] = np.nan
+        self.further.pop(slot, None)
 
     def gaps(self, slots: Ints, now: float) -> Times:
         """Seconds since the last tokens of those slots that had one; from here on `now` is their last."""

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from models.batch import Batch
 from models.decoder import Decoder
+from models.depth import signals as measures
+from models.paging import PAGE, pages_for
 from models.paths import NOWHERE, Path
 from models.state import StatePool
-from serving.engine.core import Floats, Ints, Result, Sampled, Sequence, Tick
-from serving.engine.depth import DepthPolicy
+from serving.engine.core import Chunk, Floats, Ints, Result, Sampled, Sequence, Tick
+from serving.engine.depth import CONVERGENCE, DepthPolicy
 from serving.engine.paths import PathTable
 from serving.engine.rows import Rows
 from serving.engine.sampler import Sampler
@@ -24,9 +26,11 @@ class Runner(Protocol):
     """What the engine asks of whatever runs its ticks."""
 
     vocab_size: int
+    token_capacity: int | None  # entries of growing state that fit; None where the model has none
     first_stage: int
     final_stages: frozenset[int]
     default_depth: DepthPolicy
+    fills: bool  # tokens that leave early write what they skip
 
     def path(self, policy: DepthPolicy) -> Path:
         """The path of tokens under a policy. Raises InvalidArgumentError for one that the model cannot follow."""
@@ -37,10 +41,14 @@ class Runner(Protocol):
     def fork(self, source: Sequence, target: Sequence) -> None:
         """Give a sequence in service the state of another."""
 
-    def release(self, slot: int) -> None: ...
+    def release(self, sequence: Sequence) -> None:
+        """Take back what a sequence holds beside its slots."""
 
     def run(self, tick: Tick, rows: Rows, paths: PathTable) -> Result:
         """Run the tick's stage; a final stage gives tokens for its rows and for the ends of its prompts."""
+
+    def skip(self, tick: Tick, skipped: list[tuple[int, Ints, Ints]], rows: Rows) -> None:
+        """Write the state of what decoding rows skip; only asked for where `fills`."""
 
     def flops(self, units: float) -> float:
         """Floating-point operations of a token that goes so deep."""
@@ -49,14 +57,31 @@ class Runner(Protocol):
 class TorchRunner:
     """A model, the states of `slots` sequences, and a sampler."""
 
-    def __init__(self, model: Decoder, slots: int):
+    def __init__(self, model: Decoder, slots: int, *, max_tokens: int = 0, token_capacity: int | None = None):
+        """`token_capacity`: entries of growing state of all sequences together, by default `slots` sequences of
+        `max_tokens`; neither matters to a model whose state is constant."""
         self.model = model
         self.vocab_size = model.vocab_size
         self.first_stage = model.path().nodes[0].stage
         self.final_stages = frozenset(i for i, stage in enumerate(model.stages) if stage.head)
         self.default_depth = DepthPolicy.parse(model.default_depth)
-        self.pool = StatePool(model.layout(), slots, model.device)
+        layout = model.layout()
+        self.token_capacity = None
+        if layout.paged:
+            self.token_capacity = token_capacity or slots * PAGE * pages_for(max_tokens)
+        self.fills = model.fills
+        self.pool = StatePool(
+            layout,
+            slots,
+            model.device,
+            tokens=self.token_capacity or 0,
+            longest=max_tokens,
+            dtype=model.dtype,
+        )
         self.sampler = Sampler(slots, model.vocab_size)
+        # Entries that each stage has appended, by slot and depth: what the counts in the arena say, without asking a GPU.
+        deepest = max(node.depth for node in model.path().nodes) + 1
+        self._entries = [np.zeros((slots + 1, deepest), np.int64) for _ in model.stages if layout.paged]
         # Rows that wait between two stages; a model of one stage has none.
         waiting = slots + 1 if len(model.stages) > 1 else 0
         self._parked = torch.zeros(waiting, model.row_width, dtype=model.dtype, device=model.device)
@@ -82,51 +107,89 @@ class TorchRunner:
         request = sequence.request
         for slot in sequence.slots.tolist():
             self.pool.reset(slot)
+            for entries in self._entries:
+                entries[slot] = 0
         self.sampler.admit(sequence.slot, request.params, sequence.seed, request.prompt, endings)
 
     def fork(self, source: Sequence, target: Sequence) -> None:
         for a, b in zip(source.slots.tolist(), target.slots.tolist(), strict=True):
             self.pool.copy(a, b)
+            for entries in self._entries:
+                entries[b] = entries[a]
 
-    def release(self, slot: int) -> None:
-        self.sampler.release(slot)
+    def release(self, sequence: Sequence) -> None:
+        for slot in sequence.slots.tolist():
+            self.pool.release(slot)
+        self.sampler.release(sequence.slot)
 
     @torch.inference_mode()
     def run(self, tick: Tick, rows: Rows, paths: PathTable) -> Result:
         batch = self._batch(tick, rows, paths)
+        self._grow(tick.stage, batch)
         before = self._enter(tick, rows)
         after = self.model.run(tick.stage, before, batch, self.pool.layers)
         if tick.final:
             return Result(sampled=self._head(tick, rows, after))
         self._park(tick, after)
-        return Result(signals={})
+        return Result(self._signals(tick, rows, before, after, batch))
+
+    @torch.inference_mode()
+    def skip(self, tick: Tick, skipped: list[tuple[int, Ints, Ints]], rows: Rows) -> None:
+        """Decoding rows have left early: write, at what they skip, the state that later tokens will look for.
+        `skipped`: a stage, the slots, and the depth of each there. (Tokens of chunks pass along as ghosts.)"""
+        for stage, slots, depths in skipped:
+            held = self._tensor(slots)
+            batch = Batch(
+                slots=held,
+                depths=self._tensor(depths),
+                offsets=torch.arange(len(slots) + 1, device=held.device),
+                positions=self._tensor(rows.position[slots]),
+                seeds=self._tensor(rows.seed[slots].view(np.int64)),
+                ghosts=torch.ones(len(slots), dtype=torch.bool, device=held.device),
+            )
+            self._grow(stage, batch)
+            self.model.run(stage, self._parked[held], batch, self.pool.layers)
 
     def _batch(self, tick: Tick, rows: Rows, paths: PathTable) -> Batch:
-        lengths = np.ones(len(tick.slots) + len(tick.chunks), np.int64)
-        lengths[len(tick.slots) :] = [len(chunk.active) for chunk in tick.chunks]
-        slots = np.concatenate([tick.slots, np.array([c.sequence.slot for c in tick.chunks], np.int64)])
+        owners = np.concatenate([tick.slots, np.array([c.sequence.slot for c in tick.chunks], np.int64)])
         nodes = np.concatenate([tick.nodes, np.array([c.node for c in tick.chunks], np.int64)])
-        positions = [rows.position[tick.slots], *(chunk.start + chunk.active for chunk in tick.chunks)]
+        tokens = [chunk.passing for chunk in tick.chunks]
+        lengths = np.ones(len(owners), np.int64)
+        lengths[len(tick.slots) :] = [len(t) for t in tokens]
+        positions = [rows.position[tick.slots], *(c.start + t for c, t in zip(tick.chunks, tokens, strict=True))]
+        ghosts = [np.zeros(len(tick.slots), bool), *(~np.isin(t, c.active) for c, t in zip(tick.chunks, tokens, strict=True))]
+        any_ghosts = any(g.any() for g in ghosts[1:])
         return Batch(
-            slots=self._tensor(slots),
-            depths=self._tensor(paths.look("depth", rows.path[slots], nodes)),
+            slots=self._tensor(rows.held(owners, paths.look("occurrence", rows.path[owners], nodes))),
+            depths=self._tensor(paths.look("depth", rows.path[owners], nodes)),
             offsets=self._tensor(np.concatenate([[0], lengths.cumsum()])),
             positions=self._tensor(np.concatenate(positions)),
+            seeds=self._tensor(rows.seed[owners].view(np.int64)),
+            ghosts=self._tensor(np.concatenate(ghosts)) if any_ghosts else None,
         )
+
+    def _grow(self, stage: int, batch: Batch) -> None:
+        """Find pages for the entries that this tick appends."""
+        for group, depths in self.model.appends(stage, batch.depths).items():
+            live = (batch.slots > 0) & (depths >= 0)
+            slots, at, tokens = (x[live].cpu().numpy() for x in (batch.slots, depths, batch.offsets.diff()))
+            self._entries[stage][slots, at] += tokens
+            self.pool.pages[group].reach(slots, at, self._entries[stage][slots, at])
 
     def _enter(self, tick: Tick, rows: Rows) -> Tensor:
         """The rows [T, row_width] that the stage works on: embedded where they begin, as they were parked elsewhere."""
-        fresh = [tick.nodes == 0, *(np.full(len(chunk.active), chunk.node == 0) for chunk in tick.chunks)]
-        ids = np.concatenate([rows.token[tick.slots], *(chunk.ids[chunk.active] for chunk in tick.chunks)])
-        begins = np.concatenate(fresh)
+        tokens = [chunk.passing for chunk in tick.chunks]
+        fresh = [tick.nodes == 0, *(np.full(len(t), c.node == 0) for c, t in zip(tick.chunks, tokens, strict=True))]
+        ids = [rows.token[tick.slots], *(c.ids[t] for c, t in zip(tick.chunks, tokens, strict=True))]
+        begins, all_ids = np.concatenate(fresh), np.concatenate(ids)
         if begins.all():
-            return self.model.embed(self._tensor(ids))
+            return self.model.embed(self._tensor(all_ids))
         parked = self._parked[self._tensor(tick.slots)]
         width = self.model.row_width
         waited = (parked.new_empty(len(c.ids), width) if c.rows is None else c.rows for c in tick.chunks)
-        entering = torch.cat([parked, *(r[self._tensor(c.active)] for r, c in zip(waited, tick.chunks, strict=True))])
+        entering = torch.cat([parked, *(r[self._tensor(t)] for r, t in zip(waited, tokens, strict=True))])
         if begins.any():
-            entering[self._tensor(begins)] = self.model.embed(self._tensor(ids[begins]))
+            entering[self._tensor(begins)] = self.model.embed(self._tensor(all_ids[begins]))
         return entering
 
     def _park(self, tick: Tick, after: Tensor) -> None:
@@ -134,12 +197,52 @@ class TorchRunner:
         first = len(tick.slots)
         self._parked[self._tensor(tick.slots)] = after[:first]
         for chunk in tick.chunks:
-            made = after[first : first + len(chunk.active)]
-            first += len(chunk.active)
-            if len(chunk.active) == len(chunk.ids):
+            tokens = chunk.passing
+            made = after[first : first + len(tokens)]
+            first += len(tokens)
+            if len(tokens) == len(chunk.ids):
                 chunk.rows = made
             else:
-                chunk.rows[self._tensor(chunk.active)] = made
+                chunk.rows[self._tensor(tokens)] = made
+
+    def _signals(self, tick: Tick, rows: Rows, before: Tensor, after: Tensor, batch: Batch) -> dict[str, Floats]:
+        """The wanted signals, each for the tokens that want it."""
+        if not tick.wanted:
+            return {}
+        at = self._places(tick)  # of the tick's tokens in the batch, which may have ghosts among them
+        first_pass = batch.token_depths[self._tensor(at)] == 0
+        signals = {}
+        for name, wanting in tick.wanted.items():
+            index = self._tensor(at[wanting])
+            if name in self.model.signals:
+                value = after[index, self.model.signals[name]].float()
+            else:
+                value = self._measure(name, before, after, index, batch)
+                if name in CONVERGENCE:
+                    value = torch.where(first_pass[self._tensor(wanting)], float("nan"), value)  # nothing to compare with
+            signals[name] = value.cpu().numpy()
+        return signals
+
+    def _places(self, tick: Tick) -> Ints:
+        parts, first = [np.arange(len(tick.slots))], len(tick.slots)
+        for chunk in tick.chunks:
+            tokens = chunk.passing
+            parts.append(first + np.flatnonzero(np.isin(tokens, chunk.active)))
+            first += len(tokens)
+        return np.concatenate(parts)
+
+    def _measure(self, name: str, before: Tensor, after: Tensor, index: Tensor, batch: Batch) -> Tensor:
+        """Confidence of, or change between, the rows `index` of two successive passes."""
+        if name in measures.LATENT:
+            size = self.model.hidden_size
+            return measures.latent(name, before[index, :size], after[index, :size])
+        logits = self.model.intermediate_logits(after, index, batch, self.pool.layers)
+        if name in measures.ONE_PREDICTION:
+            return measures.confidence(name, logits)
+        earlier = self.model.intermediate_logits(before, index, batch, self.pool.layers)
+        if name == "argmax":
+            return (logits.argmax(-1) == earlier.argmax(-1)).float()
+        return measures.change(name, earlier, logits)
 
     def _head(self, tick: Tick, rows: Rows, hidden: Tensor) -> Sampled:
         """Sample after every decoding row and every prompt's last token; score the chunks that ask for it."""

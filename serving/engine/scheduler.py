@@ -6,16 +6,22 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from models.paths import NOWHERE, Path
+from models.paging import PAGE, pages_for
 from serving.engine.choice import StageChooser
 from serving.engine.core import Chunk, Floats, Ints, Load, Request, Sequence, Tick
 from serving.engine.depth import AT_LEAST, DEFAULT_THRESHOLDS, SIGNALS, DepthPolicy, ExitReason
 from serving.engine.paths import PathTable
 from serving.engine.random import derive
 from serving.engine.rows import IDLE, MANY, Rows
-from serving.engine.slots import SlotPool
+from serving.engine.slots import SlotPool, TokenBudget
 from serving.errors import InvalidArgumentError, OverloadedError
+
+
+Skipped = tuple[int, Ints, Ints]
+"""A stage, slots, and the depth of each: passes that rows do without."""
 
 
 class _Parked(NamedTuple):
@@ -36,22 +42,28 @@ class Scheduler:
         final_stages: frozenset[int],
         slots: int,
         *,
+        max_tokens: int,
+        budget: TokenBudget,
         prefill_tokens: int,
         max_waiting: int,
         clock: Callable[[], float],
+        fills: bool = False,
     ):
         """`prefill_tokens` bounds the prompt tokens on their way, and so how long a tick keeps decoding rows waiting.
-        Tokens begin at the `first_stage`; the `final_stages` end with the head."""
+        `max_tokens` bounds each sequence, `budget` the growing state of all of them. Tokens begin at the `first_stage`; the `final_stages` end with the head."""
         self.slots = SlotPool(slots)
+        self.budget = budget
         self.rows = Rows(slots)
         self.paths = PathTable()
         self.running: dict[int, Sequence] = {}  # by their first slot
         self.requests: dict[str, Request] = {}  # waiting or running
         self.tick = 0
         self._final = final_stages
+        self._max_tokens = max_tokens
         self._prefill_tokens = prefill_tokens
         self._max_waiting = max_waiting
         self._clock = clock
+        self._fills = fills
         self._waiting: list[tuple[int, int, Request, Path]] = []
         self._order = itertools.count()
         self._prefilling: list[Sequence] = []
@@ -67,6 +79,11 @@ class Scheduler:
         if needed > self.slots.capacity:
             limit = f"the request needs {needed} slots, this model has {self.slots.capacity}"
             raise InvalidArgumentError("n", request.params.n, limit)
+        tokens = request.params.n * self.reserved(request, path)
+        if self.budget.capacity is not None and tokens > self.budget.capacity:
+            given = f"{len(request.prompt)} tokens and max_tokens = {request.params.max_tokens}"
+            limit = f"need room for {tokens} tokens, this model has it for {self.budget.capacity}"
+            raise InvalidArgumentError("prompt", given, limit)
         if len(self._waiting) >= self._max_waiting and (self._waiting or self.slots.available < needed):
             raise OverloadedError(f"the queue is full: {len(self._waiting)} requests are waiting")
         request.arrival = self._clock()
@@ -74,6 +91,11 @@ class Scheduler:
         heapq.heappush(self._waiting, (-request.priority, next(self._order), request, path))
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.id))
+
+    def reserved(self, request: Request, path: Path) -> int:
+        """Entries of growing state that one continuation may come to hold, to whole pages."""
+        longest = len(request.prompt) if request.score else len(request.prompt) + request.params.max_tokens
+        return path.slots * PAGE * pages_for(min(longest, self._max_tokens))
 
     def load(self) -> Load:
         return Load(self.slots.capacity, self.slots.used, len(self._waiting))
@@ -91,16 +113,21 @@ class Scheduler:
         """Give slots to waiting requests, as far as there are any."""
         while self._waiting:
             _, _, request, path = self._waiting[0]
-            if self.slots.available < request.params.n * path.slots:
+            tokens = self.reserved(request, path)
+            if self.slots.available < request.params.n * path.slots or not self.budget.fits(request.params.n * tokens):
                 return
             heapq.heappop(self._waiting)
             request.admitted = self._clock()
             for index in range(request.params.n):
                 slots = np.array([self.slots.allocate() for _ in range(path.slots)])
+                self.budget.allocate(tokens)
                 first = int(slots[0])
                 sequence = Sequence(request, index, first, derive(request.seed, index), slots, self.paths.add(path))
                 request.sequences.append(sequence)
                 self.running[first] = sequence
+                self.rows.seed[first] = sequence.seed
+                if len(slots) > 1:
+                    self.rows.further[first] = slots
                 self._set_policy(sequence)
                 yield sequence
             self._prefilling.append(request.sequences[0])
@@ -124,14 +151,15 @@ class Scheduler:
         """Learn what a stage costs."""
         self._chooser.ran(tick.stage, len(tick.slots) + tick.prefill_tokens, seconds)
 
-    def decide(self, tick: Tick, signals: dict[str, Floats]) -> None:
-        """Apply the depth policies: each token of the tick goes on, or leaves for where its path ends early."""
+    def decide(self, tick: Tick, signals: dict[str, Floats]) -> list[Skipped]:
+        """Apply the depth policies: each token of the tick goes on, or leaves for where its path ends early. Returns
+        what decoding rows skip by that and have to write, where tokens do."""
         owners, nodes, paths = self._tokens(tick)
         before = np.concatenate([self.rows.units[tick.slots], *(chunk.units[chunk.active] for chunk in tick.chunks)])
         units = np.maximum(before, self.paths.look("units", paths, nodes))
         self._reached(tick, units)
         if tick.final:
-            return
+            return []
         exit_to = self.paths.look("exit_to", paths, nodes)
         leave, reasons = self._leaving(tick, owners, units, signals)
         leave &= exit_to != NOWHERE
@@ -143,13 +171,37 @@ class Scheduler:
             part = slice(count, count + len(chunk.active))
             count = part.stop
             chunk.reasons[chunk.active] = reasons[part]
-            if leave[part].any():
-                chunk.meet = int(exit_to[part][leave[part]][0])
-                chunk.active = chunk.active[~leave[part]]
-            chunk.node = chunk.node + 1 if len(chunk.active) else chunk.meet
-            chunk.since = self.tick
-            if chunk.node == chunk.meet:
-                chunk.active, chunk.meet = np.arange(len(chunk.ids)), NOWHERE
+            self._move(chunk, leave[part], exit_to[part])
+        return self._skipped(tick, leave[: len(tick.slots)]) if self._fills else []
+
+    def _move(self, chunk: Chunk, leave: npt.NDArray[np.bool_], exit_to: Ints) -> None:
+        """Send a chunk on, without its active tokens that leave."""
+        chunk.since = self.tick
+        if leave.any():
+            chunk.meet = int(exit_to[leave][0])
+            chunk.active = chunk.active[~leave]
+        path = self.paths[chunk.sequence.path]
+        deeper = path.nodes[chunk.node + 1].units <= self.rows.ceiling[chunk.sequence.slot]
+        chunk.fills = self._fills and bool(deeper)
+        chunk.node = chunk.node + 1 if len(chunk.active) or chunk.fills else chunk.meet
+        if chunk.node == chunk.meet:
+            chunk.active, chunk.meet, chunk.fills = np.arange(len(chunk.ids)), NOWHERE, False
+
+    def _skipped(self, tick: Tick, leave: npt.NDArray[np.bool_]) -> list[Skipped]:
+        """The passes that leaving rows do without, as far down as later tokens of their sequences may come."""
+        slots, nodes = tick.slots[leave], tick.nodes[leave]
+        paths = self.rows.path[slots]
+        exit_to = self.paths.look("exit_to", paths, nodes)
+        skipped: dict[int, list[tuple[Ints, Ints]]] = {}
+        for further in range(1, int((exit_to - nodes).max(initial=0))):
+            there = nodes + further < exit_to
+            at = slots[there], paths[there], nodes[there] + further
+            seen = self.paths.look("units", *at[1:]) <= self.rows.ceiling[at[0]]
+            stages, depths = (self.paths.look(column, *at[1:]) for column in ("stage", "depth"))
+            for stage in np.unique(stages[seen]).tolist():
+                chosen = seen & (stages == stage)
+                skipped.setdefault(stage, []).append((at[0][chosen], depths[chosen]))
+        return [(stage, *map(np.concatenate, zip(*parts, strict=True))) for stage, parts in skipped.items()]
 
     def _reached(self, tick: Tick, units: Ints) -> None:
         """Write down how deep each token of the tick is now."""
@@ -187,6 +239,7 @@ class Scheduler:
         self.rows.drop(sequence.slot)
         for slot in sequence.slots.tolist():
             self.slots.free(slot)
+        self.budget.free(self.reserved(request, self.paths[sequence.path]))
         self.paths.release(sequence.path)
         del self.running[sequence.slot]
         if sequence in self._prefilling:
@@ -232,7 +285,7 @@ class Scheduler:
             ids = np.array(sequence.request.prompt[start : start + left], np.int64)
             everything = np.arange(len(ids))
             reasons = np.full(len(ids), ExitReason.FULL_DEPTH, np.int64)
-            self._chunks.append(Chunk(sequence, ids, start, everything, np.zeros_like(ids), reasons, since=self.tick))
+            self._chunks.append(Chunk(sequence, ids, start, everything, np.zeros_like(ids), reasons, np.zeros_like(ids), since=self.tick))
             left -= len(ids)
 
     def _stage_of(self, chunk: Chunk) -> int:
@@ -244,7 +297,7 @@ class Scheduler:
         return _Parked(
             slots,
             np.concatenate([stages, np.array([self._stage_of(chunk) for chunk in self._chunks], np.int64)]),
-            np.concatenate([np.ones_like(slots), np.array([len(c.active) for c in self._chunks], np.int64)]),
+            np.concatenate([np.ones_like(slots), np.array([len(c.passing) for c in self._chunks], np.int64)]),
             np.concatenate([self.rows.since[slots], np.array([c.since for c in self._chunks], np.int64)]),
         )
 
@@ -267,9 +320,23 @@ class Scheduler:
         """Which tokens want to leave (bool), and why."""
         rows = self.rows
         early = np.zeros(len(owners), bool)
+        if "argmax" in signals:
+            signals = {**signals, "argmax": self._streaks(tick, signals["argmax"])}
         for name, tokens in tick.wanted.items():
             value, threshold = signals[name], rows.threshold[owners[tokens]]
             early[tokens] = value >= threshold if name in AT_LEAST else value <= threshold
         early &= units >= rows.floor[owners]
         capped = units >= rows.ceiling[owners]
         return early | capped, np.where(early, rows.early[owners], rows.capped[owners])
+
+    def _streaks(self, tick: Tick, same: Floats) -> Floats:
+        """Count on, for the tokens that want it, how often in a row the prediction has stayed the same."""
+        wanting = tick.wanted["argmax"]
+        streaks = np.concatenate([self.rows.streak[tick.slots], *(chunk.streaks[chunk.active] for chunk in tick.chunks)])
+        streaks[wanting] = np.where(same == 1, streaks[wanting] + 1, 0)
+        count = len(tick.slots)
+        self.rows.streak[tick.slots] = streaks[:count]
+        for chunk in tick.chunks:
+            chunk.streaks[chunk.active] = streaks[count : count + len(chunk.active)]
+            count += len(chunk.active)
+        return streaks[wanting].astype(np.float32)

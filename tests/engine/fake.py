@@ -57,6 +57,8 @@ class FakeRunner:
     cost: Callable[[int, int], float] = lambda stage, tokens: 1.0
     default_depth: DepthPolicy = field(default_factory=DepthPolicy)
     vocab_size: int = VOCAB
+    token_capacity: int | None = None
+    fills: bool = False
     ticks: list[tuple[int, int]] = field(default_factory=list)  # (stage, tokens)
 
     def __post_init__(self) -> None:
@@ -83,8 +85,8 @@ class FakeRunner:
             if slot == source.slot:
                 self.states[target.slot, stage, depth] = value
 
-    def release(self, slot: int) -> None:
-        del self.endings[slot]
+    def release(self, sequence: Sequence) -> None:
+        del self.endings[sequence.slot]
 
     def run(self, tick: Tick, rows: Rows, paths: PathTable) -> Result:
         self.ticks.append((tick.stage, len(tick.slots) + tick.prefill_tokens))
@@ -173,6 +175,7 @@ def assert_no_leak(engine: Engine) -> None:
     assert not engine.busy
     assert scheduler.slots.used == 0
     assert scheduler.slots.available == scheduler.slots.capacity
+    assert scheduler.budget.used == 0
     assert not scheduler.running and not scheduler.rows.node[scheduler.rows.node != -1].size
     assert not scheduler._prefilling and not scheduler._chunks and not scheduler._waiting
     assert not any(scheduler.paths._users)

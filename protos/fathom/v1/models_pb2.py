@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66\x61thom/v1/models.proto\x12\tfathom.v1\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.fathom.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xca\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\x04\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x15\n\rhas_tokenizer\x18\x08 \x01(\x08\x12 \n\x18state_bytes_per_sequence\x18\t \x01(\x04\x12\x17\n\x0f\x66lops_per_token\x18\n \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x0b \x01(\t\x12\r\n\x05slots\x18\x0c \x01(\r\x12\x10\n\x08replicas\x18\r \x01(\r\x12\x11\n\tmax_depth\x18\x0e \x01(\r\x12\x16\n\x0e\x64\x65pth_policies\x18\x0f \x03(\t\x12\x0e\n\x06layers\x18\x10 \x01(\r2\x82\x01\n\x06Models\x12\x43\n\x04List\x12\x1c.fathom.v1.ListModelsRequest\x1a\x1d.fathom.v1.ListModelsResponse\x12\x33\n\x03Get\x12\x1a.fathom.v1.GetModelRequest\x1a\x10.fathom.v1.Modelb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66\x61thom/v1/models.proto\x12\tfathom.v1\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.fathom.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xe9\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\x04\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x15\n\rhas_tokenizer\x18\x08 \x01(\x08\x12 \n\x18state_bytes_per_sequence\x18\t \x01(\x04\x12\x17\n\x0f\x66lops_per_token\x18\n \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x0b \x01(\t\x12\r\n\x05slots\x18\x0c \x01(\r\x12\x10\n\x08replicas\x18\r \x01(\r\x12\x11\n\tmax_depth\x18\x0e \x01(\r\x12\x16\n\x0e\x64\x65pth_policies\x18\x0f \x03(\t\x12\x0e\n\x06layers\x18\x10 \x01(\r\x12\x1d\n\x15state_bytes_per_token\x18\x11 \x01(\x04\x32\x82\x01\n\x06Models\x12\x43\n\x04List\x12\x1c.fathom.v1.ListModelsRequest\x1a\x1d.fathom.v1.ListModelsResponse\x12\x33\n\x03Get\x12\x1a.fathom.v1.GetModelRequest\x1a\x10.fathom.v1.Modelb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,7 +38,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELREQUEST']._serialized_start=114
   _globals['_GETMODELREQUEST']._serialized_end=145
   _globals['_MODEL']._serialized_start=148
-  _globals['_MODEL']._serialized_end=478
-  _globals['_MODELS']._serialized_start=481
-  _globals['_MODELS']._serialized_end=611
+  _globals['_MODEL']._serialized_end=509
+  _globals['_MODELS']._serialized_start=512
+  _globals['_MODELS']._serialized_end=642
 # @@protoc_insertion_point(module_scope)

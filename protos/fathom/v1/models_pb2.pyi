@@ -23,7 +23,7 @@ class GetModelRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "family", "parameters", "vocab_size", "dtype", "max_tokens", "eos_token_ids", "has_tokenizer", "state_bytes_per_sequence", "flops_per_token", "fingerprint", "slots", "replicas", "max_depth", "depth_policies", "layers")
+    __slots__ = ("name", "family", "parameters", "vocab_size", "dtype", "max_tokens", "eos_token_ids", "has_tokenizer", "state_bytes_per_sequence", "flops_per_token", "fingerprint", "slots", "replicas", "max_depth", "depth_policies", "layers", "state_bytes_per_token")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,7 @@ class Model(_message.Message):
     MAX_DEPTH_FIELD_NUMBER: _ClassVar[int]
     DEPTH_POLICIES_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    STATE_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     name: str
     family: str
     parameters: int
@@ -56,4 +57,5 @@ class Model(_message.Message):
     max_depth: int
     depth_policies: _containers.RepeatedScalarFieldContainer[str]
     layers: int
-    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., max_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_tokenizer: _Optional[bool] = ..., state_bytes_per_sequence: _Optional[int] = ..., flops_per_token: _Optional[int] = ..., fingerprint: _Optional[str] = ..., slots: _Optional[int] = ..., replicas: _Optional[int] = ..., max_depth: _Optional[int] = ..., depth_policies: _Optional[_Iterable[str]] = ..., layers: _Optional[int] = ...) -> None: ...
+    state_bytes_per_token: int
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., max_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_tokenizer: _Optional[bool] = ..., state_bytes_per_sequence: _Optional[int] = ..., flops_per_token: _Optional[int] = ..., fingerprint: _Optional[str] = ..., slots: _Optional[int] = ..., replicas: _Optional[int] = ..., max_depth: _Optional[int] = ..., depth_policies: _Optional[_Iterable[str]] = ..., layers: _Optional[int] = ..., state_bytes_per_token: _Optional[int] = ...) -> None: ...

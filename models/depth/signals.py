@@ -1,0 +1,54 @@
+"""What tells that a token has gone deep enough.
+
+Confidence looks at the prediction that the token would make now; convergence compares it, or the hidden vector, with
+that of the pass before. (CALM arXiv 2207.07061; Huginn arXiv 2502.05171, section 6.1.)
+"""
+
+import torch
+from torch import Tensor
+
+LATENT = frozenset({"latent_diff", "cosine"})
+ONE_PREDICTION = frozenset({"probability", "margin", "entropy"})
+TWO_PREDICTIONS = frozenset({"kl", "entropy_diff", "minp_kl"})
+MIN_P = 0.1
+
+
+def latent(name: str, before: Tensor, after: Tensor) -> Tensor:
+    """Hidden vectors [T, D] of two successive passes -> [T]: |x' - x| / |x'|, or 1 - cos(x', x)."""
+    before, after = before.float(), after.float()
+    if name == "cosine":
+        return 1 - torch.nn.functional.cosine_similarity(after, before, dim=-1)
+    return (after - before).norm(dim=-1) / after.norm(dim=-1).clamp_min(1e-12)
+
+
+def confidence(name: str, logits: Tensor) -> Tensor:
+    """Logits [T, V] -> [T]: the largest probability, its lead on the second largest, or the entropy in nats."""
+    if name == "entropy":
+        return entropy(logits)
+    top = logits.softmax(-1).topk(min(2, logits.shape[-1])).values
+    if name == "probability" or top.shape[-1] == 1:
+        return top[:, 0]
+    return top[:, 0] - top[:, 1]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    logp = logits.log_softmax(-1)
+    return -(logp.exp() * logp).nan_to_num().sum(-1)
+
+
+def change(name: str, before: Tensor, after: Tensor) -> Tensor:
+    """Logits [T, V] of two successive passes -> [T], nats: the divergence of the new prediction from the old one, also
+    over likely tokens alone, or the difference of their entropies."""
+    if name == "entropy_diff":
+        return (entropy(after) - entropy(before)).abs()
+    if name == "minp_kl":
+        after, before = (_likely(x, after) for x in (after, before))
+    p, q = after.log_softmax(-1), before.log_softmax(-1)
+    return (p.exp() * (p - q)).nan_to_num().sum(-1)
+
+
+def _likely(logits: Tensor, judge: Tensor) -> Tensor:
+    """Without the tokens that `judge` holds to be less than a tenth as likely as its likeliest."""
+    probabilities = judge.softmax(-1)
+    kept = probabilities >= MIN_P * probabilities.amax(-1, keepdim=True)
+    return logits.masked_fill(~kept, float("-inf"))

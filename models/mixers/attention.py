@@ -1,0 +1,99 @@
+"""Softmax attention: grouped heads, rotary positions, full or over a sliding window. The mixer of Llama-shaped
+transformers, and of the attention layers of hybrids."""
+
+import torch
+from torch import Tensor, nn
+
+from kernels.attention import attention_paged, attention_ring
+from models.batch import Batch
+from models.decoder import Mixer
+from models.layers import Linear, Packed, Rotary
+from models.state import LayerLeaves, LayerState, Leaf, PagedLeaf, pool_of
+
+
+class Attention(Mixer):
+    """o = softmax(q k^T scale) v over all tokens so far, or over the last `window` of them.
+
+    Full attention keeps an entry of keys and values for every token, in pages; a window keeps a ring of constant size.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        rotary: Rotary | None = None,
+        window: int | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        norm_heads: bool = True,
+        softcap: float | None = None,
+        scale: float | None = None,
+    ):
+        """The norms are applied before the rotation: to each head, or (`norm_heads` False) to all of them as one."""
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.rotary, self.window, self.softcap = rotary, window, softcap
+        self.scale = head_dim**-0.5 if scale is None else scale
+        parts = {"q_proj": heads * head_dim, "k_proj": kv_heads * head_dim, "v_proj": kv_heads * head_dim}
+        self.qkv = Packed(hidden, parts, bias=qkv_bias)
+        self.o_proj = Linear(heads * head_dim, hidden, bias=out_bias)
+        self.q_norm, self.k_norm, self.norm_heads = q_norm, k_norm, norm_heads
+        self.shared = False  # all depths of a looped model read what the first one wrote (recursive KV sharing)
+
+    def leaves(self) -> LayerLeaves:
+        entry = (self.kv_heads, self.head_dim)
+        if self.window is None:
+            return {"k": PagedLeaf(entry), "v": PagedLeaf(entry), "count": Leaf((1,))}
+        return {"k": Leaf((self.window, *entry)), "v": Leaf((self.window, *entry)), "count": Leaf((1,))}
+
+    def forward(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
+        q, k, v = self.project(x, batch.positions)
+        if not self.shared or not batch.depths.any():
+            o = self.attend(q, k, v, batch, state)
+        elif state is None:
+            raise NotImplementedError("keys and values that depths share cannot be trained here")
+        else:
+            o = torch.empty_like(q)
+            writers, at = batch.select(batch.depths == 0)
+            o[at] = self.attend(q[at], k[at], v[at], writers, state)
+            readers, at = batch.select(batch.depths > 0)
+            o[at] = self.attend(q[at], None, None, readers, state)
+        return self.o_proj(o.flatten(-2))
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, hidden] -> q [T, heads, head_dim], k and v [T, kv_heads, head_dim], normed and rotated."""
+        q, k, v = self.qkv(x)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+        q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
+        if self.rotary is not None:
+            q, k = self.rotary(q, positions), self.rotary(k, positions)
+        return q, k, v
+
+    def attend(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, batch: Batch, state: LayerState | None
+    ) -> Tensor:
+        """Append k and v, and read. Without them: read what is stored, up to each token's own position."""
+        entries = None if k is not None else batch.positions
+        leaves = pool_of(state, "k"), pool_of(state, "v")
+        count, options = pool_of(state, "count"), {"scale": self.scale, "softcap": self.softcap}
+        if self.window is not None:
+            return attention_ring(
+                q, k, v, *leaves, count, *batch.index, window=self.window, entries=entries, **options
+            )
+        return attention_paged(
+            q, k, v, *leaves, pool_of(state, "tables"), count, *batch.index, entries=entries, **options
+        )
+
+    def _normed(self, norm: nn.Module | None, x: Tensor) -> Tensor:
+        if norm is None:
+            return x
+        return norm(x) if self.norm_heads else norm(x.flatten(-2)).view(x.shape)
+
+    def flops(self) -> int:
+        """Reading one entry; how many there are is not known here."""
+        return 4 * self.heads * self.head_dim

@@ -1,0 +1,54 @@
+"""The command ``fathom bench``."""
+
+import os
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+
+Model = Annotated[str, typer.Option(help="checkpoint folder, zoo/NAME or Hub id")]
+Dtype = Annotated[str, typer.Option()]
+Threads = Annotated[int | None, typer.Option(help="processor threads; all where not given")]
+
+
+@app.command()
+def decode(
+    model: Model = "zoo/gla",
+    batch: Annotated[list[int], typer.Option(help="may be given again")] = [1, 8, 32, 128],  # noqa: B006
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Tokens/s by batch, and the share of what reading the weights once a step allows."""
+    from serving.bench import decode as bench
+
+    bench.run(model, batch, dtype, threads or os.cpu_count())
+
+
+@app.command()
+def long(
+    model: Model = "zoo/gla",
+    tokens: Annotated[int, typer.Option(min=3000)] = 100_000,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Latency and memory at token 1,000 and at token 100,000."""
+    from serving.bench import long as bench
+
+    bench.run(model, tokens, dtype, threads or os.cpu_count())
+
+
+@app.command()
+def gateway(
+    model: Model = "zoo/gla",
+    requests: Annotated[int, typer.Option(min=1)] = 200,
+    streams: Annotated[int, typer.Option(min=1)] = 64,
+    tokens: Annotated[int, typer.Option(min=1)] = 512,
+    ingress: Annotated[str, typer.Option(help="proxy or haproxy")] = "proxy",
+    grpc_port: Annotated[int, typer.Option()] = 9100,
+    http_port: Annotated[int, typer.Option()] = 8100,
+) -> None:
+    """The same load in-process and through gRPC."""
+    from serving.bench import gateway as bench
+
+    bench.run(model, requests, streams, tokens, ingress, grpc_port, http_port)

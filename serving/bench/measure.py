@@ -1,0 +1,43 @@
+"""What the benchmarks share."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+def seconds(work: Callable[[], object], least: float = 0.5, runs: int = 5) -> float:
+    """Median time of one call, after a warm-up; at least `runs` calls and `least` seconds of them."""
+    work()
+    times: list[float] = []
+    while len(times) < runs or sum(times) < least:
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def read_seconds(nbytes: int, device: torch.device) -> float:
+    """Time to read so many bytes once, by all threads, from wherever the device keeps a buffer of that size."""
+    buffer = torch.ones(max(1, nbytes // 4), device=device)
+
+    def read() -> None:
+        buffer.sum()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return seconds(read)
+
+
+def report(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], result: dict[str, Any]) -> None:
+    """A table for a person, then a line of JSON for a program."""
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=110).print(table)
+    print(json.dumps(result))

@@ -1,6 +1,7 @@
 """Sends the requests of a run, by the clock or as their users get answers. Knows neither the network nor
 asyncio."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf, nan
@@ -12,6 +13,7 @@ from loadtest.recorder import Recorder
 from loadtest.workload import Session
 
 BURST = 32  # requests sent at one wake-up before the sockets are read again
+AHEAD = 256  # requests made before they are due
 PAUSE = (
     0.1  # seconds that a user of a closed loop waits after a failure, so that a broken server is not flooded
 )
@@ -33,6 +35,7 @@ class Plan:
 class _Ready:
     """A first turn, made before it is due."""
 
+    arrival: float  # seconds from the start
     session: Session
     request: Request
     encoded: Any
@@ -68,8 +71,8 @@ class Driver:
         self._starting = True  # sessions
         self._sending = True  # further turns of those that have started
         self._over = False
-        self._ready: _Ready | None = None
-        self._due = inf
+        self._ready: deque[_Ready] = deque()
+        self._preparing = False
 
     @property
     def in_flight(self) -> int:
@@ -80,9 +83,7 @@ class Driver:
         self.origin = when
         plan = self._plan
         if self._arrivals is not None:
-            self._advance()
-            if self._starting:
-                self._clock.at(self._due, self._pump)
+            self._clock.at(when, self._pump)
         else:
             for user in range(plan.users):
                 self._clock.at(when + plan.ramp_up * user / plan.users, self._user)
@@ -100,44 +101,61 @@ class Driver:
 
     # -- open loop -------------------------------------------------------------------------------------------
 
+    def prepare(self) -> None:
+        """Make the first requests of an open loop, before it starts."""
+        while self._arrivals is not None and len(self._ready) < AHEAD and self._prepare_one():
+            pass
+
     def _pump(self) -> None:
         now = self._clock.now()
         for _ in range(BURST):
-            if not self._starting or self._due > now:
+            if (
+                not self._sending
+                or self.sent >= self._plan.requests
+                or not (self._ready or self._prepare_one())
+            ):
+                self._start_no_more()
+                return
+            if self.origin + self._ready[0].arrival > now:
                 break
-            assert self._ready
-            ready, due = self._ready, self._due
-            self._send(ready.session, ready.request, ready.encoded, due)
-            self._advance()
-        if self._starting:
-            self._clock.at(self._due, self._pump)
+            ready = self._ready.popleft()
+            self._send(ready.session, ready.request, ready.encoded, self.origin + ready.arrival)
+        self._clock.at(self.origin + self._ready[0].arrival if self._ready else now, self._pump)
+        if not self._preparing:
+            self._preparing = True
+            self._clock.soon(self._prepare_on)
 
-    def _advance(self) -> None:
-        """Make the next arrival ready, ahead of its time."""
+    def _prepare_on(self) -> None:
+        """One at a time, so that a burst finds its requests made and no message waits for their making."""
+        if self._sending and len(self._ready) < AHEAD and self._prepare_one():
+            self._clock.soon(self._prepare_on)
+        else:
+            self._preparing = False
+
+    def _prepare_one(self) -> bool:
+        """Whether there was one more."""
         assert self._arrivals is not None
+        if self.sent + len(self._ready) >= self._plan.requests:
+            return False
         arrival = next(self._arrivals, None)
-        session = None if arrival is None or arrival >= self._plan.duration else self._new_session()
+        session = None if arrival is None or arrival >= self._plan.duration else next(self._sessions, None)
         if arrival is None or session is None:
-            self._start_no_more()
-            return
+            return False
         request = session.next()
-        self._ready = _Ready(session, request, self._transport.encode(request))
-        self._due = self.origin + arrival
+        self._ready.append(_Ready(arrival, session, request, self._transport.encode(request)))
+        return True
 
     # -- closed loop -----------------------------------------------------------------------------------------
 
     def _user(self) -> None:
-        session = self._new_session()
+        wanted = self._starting and self.sent < self._plan.requests
+        session = next(self._sessions, None) if wanted else None
         if session is None:
             self._start_no_more()
             return
         self._next_turn(session, None, None)
 
     # -- both ------------------------------------------------------------------------------------------------
-
-    def _new_session(self) -> Session | None:
-        wanted = self._starting and self.sent < self._plan.requests
-        return next(self._sessions, None) if wanted else None
 
     def _next_turn(self, session: Session, last: Sample | None, intended: float | None) -> None:
         """`intended`: when its user wanted it sent; None for now."""

@@ -55,6 +55,7 @@ async def drive(run: Run, chosen: Transport, model: Model, progress: bool = True
             _interrupts(driver),
             Progress(clock, driver, plan, shown=progress),
         ):
+            driver.prepare()
             monitor.start()
             driver.start(clock.now() + _LEAD)
             await finished

@@ -17,9 +17,8 @@ from loadtest.recorder import Floats
 from loadtest.result import Harness
 
 PERIOD = 0.02  # seconds between two looks at the lag
-_SCHEDSTAT = Path(
-    "/proc/self/schedstat"
-)  # nanoseconds on a core, nanoseconds waiting for one, times switched to
+# Of the main thread: nanoseconds on a core, nanoseconds waiting for one, times switched to.
+_SCHEDSTAT = Path("/proc/self/schedstat")
 
 BUSY = 0.85  # share of a core beyond which latencies queue in the harness
 STARVED = 0.05  # share of the time without a core

@@ -138,6 +138,10 @@ class Checkpoint:
     @torch.no_grad()
     def load_into(self, model: nn.Module, names: Names) -> None:
         """Fill every parameter from the files. Raises as `check`."""
+        for module in model.modules():
+            if isinstance(module, Parted):  # what no part fills counts as zero
+                for parameter in module.parameters(recurse=False):
+                    parameter.zero_()
         for key, opened, target in self._matched(model, names):
             target.copy_(opened.get_tensor(key))
 

@@ -39,14 +39,16 @@ def saved_as(name: str, module: M) -> M:
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, in float32, over the last dimension of `size`."""
 
-    def __init__(self, size: int, eps: float, affine: bool = True):
+    def __init__(self, size: int, eps: float, affine: bool = True, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
         self.size = (size,)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.size, self.weight, self.eps)
+        y = F.rms_norm(x, self.size, self.weight, self.eps)
+        return y if self.bias is None else y + self.bias
 
 
 class GroupRMSNorm(nn.Module):
@@ -125,15 +127,30 @@ class Packed(Parted):
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x))."""
 
-    def __init__(self, hidden: int, intermediate: int, activation: str = "silu", bias: bool = False):
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        activation: str = "silu",
+        bias: bool = False,
+        names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+    ):
+        """The first of two names in a checkpoint, where it has no more, is that of gate and up as one."""
         super().__init__()
-        self.gate_up = Packed(hidden, {"gate_proj": intermediate, "up_proj": intermediate}, bias=bias)
-        self.down_proj = Linear(intermediate, hidden, bias=bias)
+        self.sizes = intermediate, intermediate
+        parts = {name: 2 * intermediate // (len(names) - 1) for name in names[:-1]}
+        self.gate_up = Packed(hidden, parts, bias=bias)
+        self.down_proj = saved_as(names[-1], Linear(intermediate, hidden, bias=bias))
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x)
+        gate, up = self.gate_up(x, self.sizes)
         return self.down_proj(self.activation(gate) * up)
+
+
+def softcap(x: Tensor, cap: float | None) -> Tensor:
+    """cap tanh(x / cap): near x for small x, never beyond the cap. None: no cap."""
+    return x if cap is None else cap * torch.tanh(x / cap)
 
 
 class Rotary:

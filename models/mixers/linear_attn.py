@@ -58,6 +58,8 @@ class FeatureMap(nn.Module):
                 return F.elu(x) + 1
             case "relu":
                 return x.relu()
+            case "swish":
+                return F.silu(x)
         return x
 
 

@@ -20,6 +20,7 @@ with warnings.catch_warnings():
     from fla.modules import activations, norm, rotary, token_shift
     from fla.modules import causal_conv1d as convolution
     from fla.ops.gla.naive import naive_recurrent_gla
+    from fla.ops.gsa.naive import naive_recurrent_gsa
     from fla.ops.linear_attn.naive import naive_recurrent_linear_attn
     from fla.ops.retention.naive import naive_retention
     from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
@@ -158,6 +159,7 @@ for kind in ("chunk", "fused_chunk", "fused_recurrent"):
     )
     rebind(fla.ops.retention, f"{kind}_retention", alone(transposed(naive_retention), "q", "k", "v"))
 for kind in ("chunk", "fused_recurrent"):
+    rebind(fla.ops.gsa, f"{kind}_gsa", alone(naive_recurrent_gsa, "q", "k", "v", "s", "g", "scale"))
     rebind(
         fla.ops.rwkv6,
         f"{kind}_rwkv6",

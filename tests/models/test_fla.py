@@ -34,6 +34,10 @@ CASES: dict[str, dict[str, Any]] = {
     "linear_attn-product": {"num_heads": 2, "feature_map": "elementwise_product"},
     "linear_attn-dpfp": {"num_heads": 6, "feature_map": "dpfp", "elementwise_affine": False},
     "linear_attn-elu": {"num_heads": 3, "feature_map": "elu", "norm_feature_map": True},
+    "gsa": {"num_heads": 5, "num_slots": 7, "gate_logit_normalizer": 3},
+    "gsa-grouped": {"num_heads": 6, "num_kv_heads": 2, "num_slots": None, "use_short_conv": True, "conv_size": 2,
+                    "feature_map": "t2r", "elementwise_affine": False, "tie_word_embeddings": True},
+    "gsa-expanded": {"num_heads": 3, "exapnd_k": 0.7, "num_slots": 3, "feature_map": "relu", "norm_eps": 0.1},
     "hgrn2": {"expand_ratio": 6},
     "hgrn2-conv": {"expand_ratio": None, "num_heads": 3, "use_short_conv": True, "conv_size": 2,
                    "norm_eps": 0.1, "tie_word_embeddings": True},
@@ -60,6 +64,7 @@ def build(case: str, **options: Any) -> Any:
 
 CONFIGS = {
     "gla": "GLAConfig",
+    "gsa": "GSAConfig",
     "hgrn2": "HGRN2Config",
     "linear_attn": "LinearAttentionConfig",
     "mamba2": "Mamba2Config",

@@ -30,7 +30,7 @@ from kernels.diagonal.linear import (
 )
 from kernels.diagonal.logsumexp import aaren, aaren_naive, aaren_scan, wkv, wkv_naive, wkv_scan
 from kernels.diagonal.recurrence import recurrence
-from kernels.diagonal.selective import selective_naive, selective_scan
+from kernels.diagonal.selective import selective_naive, selective_scan, selective_train
 from tests.kernels.compile_ahead import compile_ahead
 from tests.kernels.pools import poisoned_pool, untouched
 
@@ -232,6 +232,20 @@ def test_gradient_of_the_scan_equals_that_of_the_loop(kind: str) -> None:
     expected, got = ((o * weight).sum() + by_state * s.square().sum() for o, s in (expected, got))
     by_loop = torch.autograd.grad(expected, leaves)
     torch.testing.assert_close(torch.autograd.grad(got, leaves), by_loop, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["selective", "selective_fused"])
+def test_training_gradient_equals_autograd_through_the_scan(kind: str) -> None:
+    c = case(kind, [30, 1, 0, 40], 70, 5)
+    leaves = [x.requires_grad_() for x in c.inputs]
+    offsets = bounds([30, 1, 0, 40])
+    by_scan = c.scan(torch.zeros_like(c.states), offsets)[0]
+    trained = selective_train(*leaves, *([None, None] if kind == "selective" else []), offsets)
+    weight = torch.randn_like(by_scan)
+    torch.testing.assert_close(trained, by_scan, rtol=1e-4, atol=1e-4)
+    expected = torch.autograd.grad((by_scan * weight).sum(), leaves)
+    got = torch.autograd.grad((trained * weight).sum(), leaves)
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
 
 
 @given(st.integers(1, 70), st.booleans())

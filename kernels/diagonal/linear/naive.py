@@ -1,7 +1,7 @@
 """Linear recurrences whose decay is given, one token at a time.
 
     gated: h_t = exp(g_t) h_{t-1} + b_t   h: [C] real       (RG-LRU: arXiv 2402.19427 eq. 4; HGRN 2311.04823)
-    lru:   x_t = lambda x_{t-1} + b_t     x: [C] complex    (LRU: arXiv 2303.06349 eq. 3)
+    lru:   x_t = lambda x_{t-1} + b_t     x: [C] complex    (LRU: arXiv 2303.06349)
     s4d:   x_t = lambda x_{t-1} + u_t,    x: [N, C] complex (S4D: arXiv 2206.11893, B folded into c)
            y_t = 2 Re(sum_n c_n x_{t,n}) + D u_t
 

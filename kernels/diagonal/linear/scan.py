@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.diagonal.recurrence import ends, recurrence
 from kernels.packing import pad, unpad
 
-CHUNK = 128
+CHUNK = 64
 
 
 def gated_scan(g: Tensor, b: Tensor, state: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,44 +41,48 @@ def s4d_scan(
     ends, float32."""
     lengths = offsets.diff()
     longest = int(lengths.max()) if len(lengths) else 0
-    inputs = pad(u.float(), offsets, longest)
+    inputs = pad(u.float(), offsets, longest).transpose(1, 2)  # [S, C, L]
     chunk = max(1, min(CHUNK, longest))
-    powers = _powers(_complex(lam.float(), 0), chunk)  # [chunk + 1, N, C]
-    weight = _complex(c.float(), 0)
-    read = 2 * torch.einsum("lnc,nc->lc", powers[:-1], weight).real
-    spectrum = torch.fft.rfft(read, 2 * chunk, dim=0)
+    powers = _powers(_complex(lam.float(), 0), chunk)
+    weighted = 2 * powers * _complex(c.float(), 0)
+    # Products of complex matrices by real ones: Re(a b) = [Re a, -Im a] . [Re b, Im b].
+    grow = _channels_first(powers.real, powers.imag)  # [C, chunk + 1, 2 N]
+    read = _channels_first(weighted.real, -weighted.imag)
+    spectrum = torch.fft.rfft(weighted.real.sum(1)[:-1].t(), 2 * chunk)
     x = _complex(state.float(), 1)  # [S, N, C]
-    outs = [inputs[:, :0]]
+    outs = [inputs[:, :, :0]]
     for start in range(0, longest, chunk):
-        here = inputs[:, start : start + chunk]
-        size = here.shape[1]
-        inside = torch.fft.irfft(torch.fft.rfft(here, 2 * chunk, dim=1) * spectrum, 2 * chunk, dim=1)[
-            :, :size
-        ]
-        before = 2 * torch.einsum("lnc,snc->slc", powers[1 : size + 1] * weight, x).real
-        outs.append(inside + before)
+        here = inputs[:, :, start : start + chunk]
+        size = here.shape[2]
+        inside = torch.fft.irfft(torch.fft.rfft(here, 2 * chunk) * spectrum, 2 * chunk)[:, :, :size]
+        before = read[:, 1 : size + 1] @ _channels_first(x.real, x.imag).transpose(1, 2)  # [C, size, S]
+        outs.append(inside + before.permute(2, 0, 1))
         taken = (lengths - start).clamp(0, size)
-        x = powers[taken] * x + _last(here, powers, taken)
-    y = unpad(torch.cat(outs, 1), offsets)
+        added = _latest_first(here, taken).transpose(0, 1).contiguous() @ grow[:, :size]  # [C, S, 2 N]
+        x = powers[taken] * x + torch.complex(*added.chunk(2, -1)).permute(1, 2, 0)
+    y = unpad(torch.cat(outs, 2).transpose(1, 2), offsets)
     return (y if D is None else y + D.float() * u.float()), _planes(x, 1)
 
 
-def _last(u: Tensor, powers: Tensor, taken: Tensor) -> Tensor:
-    """What u [S, L, C] adds to the states: sum_j lambda^(taken - 1 - j) u_j over the first `taken` [S]
-    tokens."""
-    back = taken[:, None] - 1 - torch.arange(u.shape[1], device=u.device)  # [S, L]
-    # Reversed in time, so that all segments share the powers; what lies behind a segment's end is zero
-    # already.
-    order = back.clamp_min(0)
-    reverse = u.gather(1, order[..., None].expand_as(u)) * (back >= 0)[..., None]
-    return torch.einsum("lnc,slc->snc", powers[: u.shape[1]], reverse.to(powers.dtype))
+def _latest_first(u: Tensor, taken: Tensor) -> Tensor:
+    """u [S, C, L] with the first `taken` [S] tokens of each segment in reverse, zeros behind: so all segments
+    share the powers of lambda by which a token has decayed at their ends."""
+    back = taken[:, None] - 1 - torch.arange(u.shape[2], device=u.device)  # [S, L]
+    order = back.clamp_min(0)[:, None].expand_as(u)
+    return u.gather(2, order) * (back >= 0)[:, None]
+
+
+def _channels_first(re: Tensor, im: Tensor) -> Tensor:
+    """[L, N, C] twice -> [C, L, 2 N]."""
+    return torch.cat([re, im], 1).permute(2, 0, 1).contiguous()
 
 
 def _powers(lam: Tensor, count: int) -> Tensor:
-    """lambda^0 .. lambda^count, [count + 1, N, C]: multiplied up in double precision, so that they keep their
-    digits."""
-    repeated = lam.to(torch.complex128).expand(count, *lam.shape)
-    return torch.cat([torch.ones_like(repeated[:1]), repeated.cumprod(0)]).to(lam.dtype)
+    """lambda^0 .. lambda^count, [count + 1, N, C], of lambda [N, C]: each step doubles how many there are."""
+    powers = torch.ones_like(lam)[None]
+    while powers.shape[0] <= count:
+        powers = torch.cat([powers, powers * (powers[-1] * lam)])
+    return powers[: count + 1]
 
 
 def _complex(x: Tensor, dim: int) -> Tensor:

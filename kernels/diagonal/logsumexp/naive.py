@@ -2,9 +2,9 @@
 that the sums of the exponentials are a e^m and c e^m and nothing overflows.
 
     aaren: m' = max(m, s);  a' = a e^{m - m'} + v e^{s - m'};  c' = c e^{m - m'} + e^{s - m'};  o = a' / c'
-           (Aaren, arXiv 2405.13956, section 3.2: attention with a learned constant query, s = q . k)
+           (Aaren, arXiv 2405.13956: attention with a learned constant query, s = q . k)
     wkv:   o = (a e^m + v e^{u + k}) / (c e^m + e^{u + k}), then the same update with s = k and m + w for m
-           (RWKV-4, arXiv 2305.13048, eq. 16 and appendix D; w <= 0 the log decay, u the bonus)
+           (RWKV-4, arXiv 2305.13048; w <= 0 the log decay, u the bonus)
 
 The state before the first token is all zeros: c = 0 says that there is no past, and m is not looked at.
 """

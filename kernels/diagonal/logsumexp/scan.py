@@ -1,8 +1,8 @@
 """Softmax averages over many tokens: packed, differentiable.
 
-The scale m is a running maximum, which a cumulative maximum gives at once; with it, numerator and denominator
-are linear recurrences whose factors are at most 1. The result does not depend on m, so no gradient goes
-through it.
+The scale m is a running maximum, found in log2(length) steps; with it, numerator and denominator are linear
+recurrences whose factors are at most 1. The result does not depend on which scale is taken, so no gradient
+goes through it, but for that of the state at the beginning.
 """
 
 import torch
@@ -74,9 +74,13 @@ def _scan(
     a0, c0, _ = begin
     m0 = _scale(begin)
     with torch.no_grad():
-        # m_t = max over j of s_j + (t - j) w. Any scale near it will do, as long as all use the same one.
-        drift = w.double() * torch.arange(1, s.shape[1] + 1, device=s.device)[:, None]
-        m = ((s - drift).cummax(1).values.maximum(m0[:, None]) + drift).float()
+        # m_t = max over j of s_j + (t - j) w, over 1, 2, 4 .. tokens. Any scale near it would do, if all use
+        # it.
+        m = torch.cat([torch.maximum(m0 + w, s[:, 0])[:, None], s[:, 1:]], 1)
+        span = 1
+        while span < m.shape[1]:
+            m = torch.cat([m[:, :span], torch.maximum(m[:, span:], m[:, :-span] + span * w)], 1)
+            span *= 2
     before = torch.cat([m0[:, None], m[:, :-1]], 1)
     keep, write = (before + w - m).exp(), (s - m).exp()
     a = recurrence(keep[..., None].expand_as(v), write[..., None] * v, a0)

@@ -7,11 +7,12 @@ from torch import Tensor
 from kernels.diagonal.selective.naive import selective_naive
 from kernels.diagonal.selective.scan import selective_scan
 from kernels.diagonal.selective.step_numba import selective_step_numba
+from kernels.diagonal.selective.train_numba import selective_train
 from kernels.library import define
 from kernels.pool import as_float32, flat
 from kernels.tiles import tile
 
-__all__ = ["selective", "selective_naive", "selective_scan", "selective_step"]
+__all__ = ["selective", "selective_naive", "selective_scan", "selective_step", "selective_train"]
 
 
 def selective(
@@ -37,6 +38,8 @@ def selective(
     With a pool [slots, depths, N, C] the states are read and written in place; without one they start from
     zero and are dropped, and the result is differentiable (training).
     """
+    if pool is None and not x.is_cuda:
+        return selective_train(x, dt, A, B, C, D, z, offsets).to(x.dtype)
     if pool is None:
         zero = x.new_zeros(len(offsets) - 1, *A.shape, dtype=torch.float32)
         return selective_scan(x, dt, A, B, C, D, z, zero, offsets)[0].to(x.dtype)

@@ -9,20 +9,26 @@ from models.decoder import Decoder
 from models.errors import ConfigError
 
 FAMILIES: Mapping[str, str] = {
+    "delta_net": "models.mixers.delta_net",
+    "gated_deltanet": "models.mixers.gated_deltanet",
     "gla": "models.mixers.gla",
     "gsa": "models.mixers.gsa",
+    "huginn_raven": "models.depth.huginn",
     "hgrn2": "models.mixers.hgrn2",
+    "kda": "models.mixers.kda",
     "linear_attn": "models.mixers.linear_attn",
     "llama": "models.mixers.llama",
     "mamba2": "models.mixers.mamba2",
+    "ouro": "models.depth.ouro",
+    "recursive": "models.depth.recursive",
     "retnet": "models.mixers.retnet",
     "rwkv6": "models.mixers.rwkv6",
+    "rwkv7": "models.mixers.rwkv7",
     "xlstm": "models.mixers.xlstm",
 }
 
 
 class Family(Protocol):
-    Config: type[ModelConfig]
     NAMES: tuple[tuple[str, str], ...]
 
     def build(self, raw: dict[str, Any], file: object) -> tuple[ModelConfig, Decoder]: ...
@@ -34,3 +40,11 @@ def family(raw: dict[str, Any], file: object) -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(file, "model_type", model_type, f"must be one of {', '.join(sorted(FAMILIES))}")
     return cast("Family", importlib.import_module(FAMILIES[model_type]))
+
+
+def names(raw: dict[str, Any], file: object) -> tuple[tuple[str, str], ...]:
+    """Our names -> the checkpoint's: substitutions, applied in order to the name of each parameter. A family
+    that is built on another one has a function `names` of the configuration in place of the constant."""
+    host = family(raw, file)
+    derived = getattr(host, "names", None)
+    return host.NAMES if derived is None else cast("tuple[tuple[str, str], ...]", derived(raw))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import delta as delta_op
-from kernels.delta import delta, delta_naive, delta_scan, delta_train, dplr, dplr_naive, dplr_scan, dplr_train
+from kernels.delta import delta, delta_naive, delta_scan, dplr, dplr_naive, dplr_scan
 from kernels.delta import srwm as srwm_op
 from kernels.delta.srwm import srwm, srwm_naive, srwm_scan
 from kernels.tiles import tile
@@ -202,9 +202,9 @@ def test_gradient_of_the_scan_equals_that_of_the_loop(kind: str) -> None:
     leaves = [x.requires_grad_() for x in (*c.inputs, c.states)]
     expected, got = by_naive(c, lengths), c.scan(c.states, bounds(lengths))
     weight = torch.randn_like(expected[0])
-    expected, got = ((o * weight).sum() + s.square().sum() for o, s in (expected, got))
-    by_loop = torch.autograd.grad(expected, leaves)
-    torch.testing.assert_close(torch.autograd.grad(got, leaves), by_loop, rtol=2e-4, atol=2e-4)
+    losses = [(o * weight).sum() + s.square().sum() for o, s in (expected, got)]
+    by_loop, by_scan = (torch.autograd.grad(loss, leaves) for loss in losses)
+    torch.testing.assert_close(by_scan, by_loop, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["kda", "rwkv7"])
@@ -214,7 +214,7 @@ def test_training_gradient_equals_autograd_through_the_scan(kind: str, heads: tu
     leaves = [x.requires_grad_() for x in c.inputs]
     offsets = bounds([30, 1, 0, 70])
     by_scan = c.scan(torch.zeros_like(c.states), offsets)[0]
-    trained = (delta_train if kind == "kda" else dplr_train)(*c.inputs, offsets, SCALE)
+    trained = c.public(None, offsets[:-1], offsets[:-1], offsets)  # without a pool: the kernel for training
     weight = torch.randn_like(by_scan)
     torch.testing.assert_close(trained, by_scan, rtol=1e-4, atol=1e-4)
     expected = torch.autograd.grad((by_scan * weight).sum(), leaves)
@@ -244,6 +244,17 @@ def test_slot_index_arithmetic_is_64_bit(kind: str, implementation: str) -> None
     pool[slot] = c.states
     got = c.steps[implementation](pool, torch.tensor([slot]), torch.tensor([0]), bounds([1]))
     close((got, pool[slot]), by_naive(c, [1]), 1e-4)
+
+
+def test_operators_keep_their_schema() -> None:
+    """That they change the pool and nothing else, and return the shape that torch.compile is told."""
+    c, s = case("gated_delta_net", [2, 1], (1, 2), 4, 3), case("srwm", [2, 1], (2, 2), 4, 3)
+    index = torch.tensor([1, 2]), torch.tensor([0, 0]), bounds([2, 1])
+    pools = [torch.zeros(3, 1, *states.shape[1:]) for states in (c.states, s.states)]
+    tests = ("test_schema", "test_faketensor")
+    args = (*c.inputs, None, None, pools[0], *index, SCALE)
+    torch.library.opcheck(torch.ops.fathom.delta_step.default, args, test_utils=tests)
+    torch.library.opcheck(torch.ops.fathom.srwm_step.default, (*s.inputs, pools[1], *index), test_utils=tests)
 
 
 # What others compute. Theirs: [1, T, H, d], or [1, H, T, d] where marked.

@@ -30,7 +30,7 @@ from kernels.diagonal.linear import (
 )
 from kernels.diagonal.logsumexp import aaren, aaren_naive, aaren_scan, wkv, wkv_naive, wkv_scan
 from kernels.diagonal.recurrence import recurrence
-from kernels.diagonal.selective import selective_naive, selective_scan, selective_train
+from kernels.diagonal.selective import selective_naive, selective_scan
 from tests.kernels.compile_ahead import compile_ahead
 from tests.kernels.pools import poisoned_pool, untouched
 
@@ -229,9 +229,9 @@ def test_gradient_of_the_scan_equals_that_of_the_loop(kind: str) -> None:
     # The last two may scale numerator and denominator differently: only their output is defined.
     by_state = 0.0 if kind in ("aaren", "wkv") else 1.0
     weight = torch.randn_like(expected[0])
-    expected, got = ((o * weight).sum() + by_state * s.square().sum() for o, s in (expected, got))
-    by_loop = torch.autograd.grad(expected, leaves)
-    torch.testing.assert_close(torch.autograd.grad(got, leaves), by_loop, rtol=2e-4, atol=2e-4)
+    losses = [(o * weight).sum() + by_state * s.square().sum() for o, s in (expected, got)]
+    by_loop, by_scan = (torch.autograd.grad(loss, leaves) for loss in losses)
+    torch.testing.assert_close(by_scan, by_loop, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["selective", "selective_fused"])
@@ -240,7 +240,7 @@ def test_training_gradient_equals_autograd_through_the_scan(kind: str) -> None:
     leaves = [x.requires_grad_() for x in c.inputs]
     offsets = bounds([30, 1, 0, 40])
     by_scan = c.scan(torch.zeros_like(c.states), offsets)[0]
-    trained = selective_train(*leaves, *([None, None] if kind == "selective" else []), offsets)
+    trained = c.public(None, offsets[:-1], offsets[:-1], offsets)  # without a pool: the kernel for training
     weight = torch.randn_like(by_scan)
     torch.testing.assert_close(trained, by_scan, rtol=1e-4, atol=1e-4)
     expected = torch.autograd.grad((by_scan * weight).sum(), leaves)
@@ -283,6 +283,23 @@ def test_slot_index_arithmetic_is_64_bit(kind: str, implementation: str) -> None
     pool[slot] = c.states
     got = c.steps[implementation](pool, torch.tensor([slot]), torch.tensor([0]), bounds([1]))
     close((got, pool[slot]), by_naive(c, [1]), 1e-5)
+
+
+def test_operators_keep_their_schema() -> None:
+    """That they change the pool and nothing else, and return the shape that torch.compile is told."""
+    T, C, N = 3, 5, 2
+    x, index = torch.randn(T, C), (torch.tensor([1, 2]), torch.tensor([0, 0]), bounds([2, 1]))
+    pools = {shape: torch.zeros(3, 1, *shape) for shape in ((C,), (2, N, C), (N, C), (C * (N + 2),))}
+    A, B, lam = -torch.rand(N, C), torch.randn(T, N), polar(N, C)
+    operators = torch.ops.fathom
+    for operator, *args in (
+        (operators.selective_step, x, x.abs(), A, B, B, None, None, pools[N, C]),
+        (operators.linear_step, x, -x.abs(), None, None, pools[C,]),
+        (operators.linear_step, x, lam, lam, x[0], pools[2, N, C]),
+        (operators.logsumexp_step, x, torch.randn(T, C, N), None, None, pools[C * (N + 2),]),
+    ):
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(operator.default, (*args, *index), test_utils=tests)
 
 
 # What others compute
@@ -420,11 +437,11 @@ def test_fast_exponentials_are_exact_to_two_ulp(name, low, high, exact) -> None:
     expected = exact(x.astype(np.float64))
     error = np.abs(f(x) - expected) / np.maximum(np.abs(expected), 1e-37)
     assert error.max() < (2e-7 if name.startswith("exp") else 2.5e-7)
-    assert f(np.float32([0.0]))[0] == exact(0.0)
+    assert f(np.zeros(1, np.float32))[0] == exact(0.0)
 
 
 def test_fast_exponentials_beyond_the_range_stay_finite_and_keep_nan() -> None:
-    edge = np.float32([-np.inf, -1e30, -200, 200, 1e30, np.inf, np.nan])
+    edge = np.array([-np.inf, -1e30, -200, 200, 1e30, np.inf, np.nan], np.float32)
     for name in ("exp", "exp2"):
         y = vectorised(getattr(fastmath, name))(edge)
         assert (y[:3] > 0).all() and (y[:3] < 1.2e-38).all()
@@ -433,9 +450,7 @@ def test_fast_exponentials_beyond_the_range_stay_finite_and_keep_nan() -> None:
 
 
 def test_wide_vectors_are_used_where_the_cpu_has_them() -> None:
-    import llvmlite.binding
-
-    if not llvmlite.binding.get_host_cpu_features().get("avx512f"):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("this CPU has no vectors of 512 bits")
 
     @numba.njit(fastmath=True)

@@ -7,6 +7,7 @@ Importing this module rebinds those functions in every module of the library tha
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,19 @@ with warnings.catch_warnings():
     import fla.models
     from fla.modules import activations, norm, rotary, token_shift
     from fla.modules import causal_conv1d as convolution
+    from fla.ops.delta_rule.naive import delta_rule_recurrence
+    from fla.ops.gated_delta_rule.gate import naive_gdn_gate
+    from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
+    from fla.ops.generalized_delta_rule.dplr.naive import dplr_recurrence
     from fla.ops.gla.naive import naive_recurrent_gla
     from fla.ops.gsa.naive import naive_recurrent_gsa
+    from fla.ops.hgrn.naive import naive_recurrent_hgrn
+    from fla.ops.kda.gate import naive_kda_gate, naive_kda_lowerbound_gate
+    from fla.ops.kda.naive import naive_recurrent_kda
     from fla.ops.linear_attn.naive import naive_recurrent_linear_attn
     from fla.ops.retention.naive import naive_retention
     from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
+    from fla.ops.rwkv7 import fused_addcmul, fused_k_update, gate_output_correction
 
 
 def rebind(module: Any, name: str, ours: Callable[..., Any]) -> None:
@@ -68,12 +77,17 @@ def rms_norm_gated(
     return layer_norm(x, weight, bias, eps=eps, is_rms_norm=True) * gate(g)
 
 
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, **_: Any
+) -> tuple[Tensor, None]:
+    """x [B, T, D], weight [D, W]."""
+    padded = F.pad(x.transpose(1, 2), (weight.shape[1] - 1, 0))
+    y = F.conv1d(padded, weight[:, None], bias, groups=x.shape[2]).transpose(1, 2)
+    return (y if activation is None else F.silu(y)), None
+
+
 def short_convolution(self: Any, x: Tensor, **_: Any) -> tuple[Tensor, None]:
-    width = self.kernel_size[0]
-    y = F.conv1d(
-        F.pad(x.transpose(1, 2), (width - 1, 0)), self.weight, self.bias, groups=x.shape[2]
-    ).transpose(1, 2)
-    return (y if self.activation is None else F.silu(y)), None
+    return causal_conv1d(x, self.weight[:, 0], self.bias, self.activation)
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, **_: Any) -> Tensor:
@@ -121,6 +135,43 @@ def transposed(f: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    return x * (x.square().sum(-1, keepdim=True) + eps).rsqrt()
+
+
+def delta_rule(*, use_qk_l2norm_in_kernel: bool, **given: Any) -> tuple[Tensor, None]:
+    if use_qk_l2norm_in_kernel:
+        given |= {"q": l2norm(given["q"]), "k": l2norm(given["k"])}
+    return alone(transposed(delta_rule_recurrence), "q", "k", "v", "beta")(**given)
+
+
+def gated(rule: Callable[..., Any], gate: Callable[..., Tensor], **given: Any) -> tuple[Tensor, None]:
+    """A gated delta rule whose kernel takes everything before its activation."""
+    assert all(given[f"use_{what}_in_kernel"] for what in ("qk_l2norm", "beta_sigmoid", "gate"))
+    options = {} if given.get("lower_bound") is None else {"lower_bound": given["lower_bound"]}
+    beta = given["beta"].sigmoid() * (2 if given["allow_neg_eigval"] else 1)
+    g = gate(given["g"], given["A_log"], given["dt_bias"], **options)
+    q, k, v = l2norm(given["q"]), l2norm(given["k"]), given["v"]
+    group = v.shape[2] // q.shape[2]
+    q, k = q.repeat_interleave(group, 2), k.repeat_interleave(group, 2)
+    return rule(q=q, k=k, v=v, g=g, beta=beta)[0], None
+
+
+def kda_gate(*args: Any, **options: Any) -> Tensor:
+    return (naive_kda_lowerbound_gate if options else naive_kda_gate)(*args, **options)
+
+
+def rwkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, None]:
+    rest = (y.transpose(1, 2) for y in (r, k, v, a, b, w))
+    o = dplr_recurrence(*(y * y.shape[-1] ** 0.5 if i == 0 else y for i, y in enumerate(rest)))  # it scales q
+    return (o[0] if isinstance(o, tuple) else o).transpose(1, 2), None
+
+
+def token_difference(x: Tensor, *_: Any, output_cache: bool = False, **__: Any) -> Any:
+    delta = F.pad(x, (0, 0, 1, -1)) - x
+    return (delta, None) if output_cache else delta
+
+
 NORMS: dict[str, Callable[..., Any]] = {
     "layer_norm": layer_norm,
     "group_norm": layer_norm,
@@ -130,7 +181,7 @@ NORMS: dict[str, Callable[..., Any]] = {
 for name, ours in NORMS.items():
     rebind(norm.layernorm, name, ours)
 rebind(norm.fused_norm_gate, "rms_norm_gated", rms_norm_gated)
-rebind(norm.l2norm, "l2norm", lambda x, eps=1e-6: x * (x.square().sum(-1, keepdim=True) + eps).rsqrt())
+rebind(norm.l2norm, "l2norm", l2norm)
 for name, plain in {
     "sigmoid": torch.sigmoid,
     "swish": F.silu,
@@ -140,8 +191,12 @@ for name, plain in {
 rebind(activations.ops, "logsigmoid", lambda x, temperature=1.0: F.logsigmoid(x) / temperature)
 rebind(activations.ops, "swiglu", lambda x, y: F.silu(x) * y)
 rebind(activations.ops, "swiglu_linear", lambda x, y, weight, bias: F.linear(F.silu(x) * y, weight, bias))
-rebind(token_shift, "token_shift", lambda x, *_: F.pad(x, (0, 0, 1, -1)) - x)
+rebind(token_shift, "token_shift", token_difference)
+rebind(fused_addcmul, "fused_addcmul_rwkv7", fused_addcmul.torch_addcmul_rwkv7)
+rebind(fused_k_update, "fused_k_rwkv7", fused_k_update.k_update_ref)
+rebind(gate_output_correction, "gate_output_correction", gate_output_correction.gate_output_correction_ref)
 rebind(rotary.ops, "rotary_embedding", rotary_embedding)
+rebind(convolution.ops, "causal_conv1d", causal_conv1d)
 convolution.ShortConvolution.forward = short_convolution
 fla.layers.attn.flash_attn_func = flash_attention
 
@@ -159,9 +214,23 @@ for kind in ("chunk", "fused_chunk", "fused_recurrent"):
     )
     rebind(fla.ops.retention, f"{kind}_retention", alone(transposed(naive_retention), "q", "k", "v"))
 for kind in ("chunk", "fused_recurrent"):
+    rebind(fla.ops.delta_rule, f"{kind}_delta_rule", delta_rule)
+    rebind(
+        fla.ops.gated_delta_rule,
+        f"{kind}_gated_delta_rule",
+        partial(gated, naive_recurrent_gated_delta_rule, naive_gdn_gate),
+    )
+    rebind(fla.ops.kda, f"{kind}_kda", partial(gated, naive_recurrent_kda, kda_gate))
+    rebind(fla.ops.hgrn, f"{kind}_hgrn", alone(naive_recurrent_hgrn, "x", "g"))
     rebind(fla.ops.gsa, f"{kind}_gsa", alone(naive_recurrent_gsa, "q", "k", "v", "s", "g", "scale"))
     rebind(
         fla.ops.rwkv6,
         f"{kind}_rwkv6",
         alone(transposed(naive_recurrent_rwkv6), "k", "v", "w", "u", "scale", q="r"),
     )
+rebind(fla.ops.rwkv7, "chunk_rwkv7", lambda r, w, k, v, a, b, **_: rwkv7(r, w, k, v, a, b))
+rebind(
+    fla.ops.rwkv7,
+    "fused_mul_recurrent_rwkv7",
+    lambda r, w, k, v, kk, a, **_: rwkv7(r, w, k, v, -kk, kk * a),
+)

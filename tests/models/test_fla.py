@@ -9,8 +9,10 @@ pytest.importorskip("fla")
 
 import fla.models as fla
 import torch
+from fla.layers.rwkv7 import RWKV7Attention
 from torch import Tensor
 
+from models.mixers.mamba import FLA_DEFAULTS
 from tests.models import fla_on_cpu  # noqa: F401  (rebinds the kernels)
 from tests.models.reference import assert_config_is_covered, assert_equal, randomise, save
 
@@ -34,14 +36,36 @@ CASES: dict[str, dict[str, Any]] = {
     "linear_attn-product": {"num_heads": 2, "feature_map": "elementwise_product"},
     "linear_attn-dpfp": {"num_heads": 6, "feature_map": "dpfp", "elementwise_affine": False},
     "linear_attn-elu": {"num_heads": 3, "feature_map": "elu", "norm_feature_map": True},
+    "delta_net": {"num_heads": 5},
+    "delta_net-negative": {"num_heads": 3, "expand_k": 0.7, "expand_v": 1.3, "allow_neg_eigval": True,
+                           "use_gate": True, "conv_size": 2, "tie_word_embeddings": True},
+    "delta_net-no-conv": {"num_heads": 2, "use_short_conv": False, "use_beta": False, "norm_eps": 1e-3},
+    "delta_net-sum": {"num_heads": 3, "qk_norm": "sum", "qk_activation": "elu"},
+    "delta_net-relu": {"num_heads": 5, "qk_activation": "relu", "use_short_conv": False},
+    "delta_net-identity": {"num_heads": 1, "qk_activation": "identity", "allow_neg_eigval": True},
+    "gated_deltanet": {"num_heads": 3, "head_dim": 6, "expand_v": 1.5},
+    "gated_deltanet-grouped": {"num_heads": 2, "num_v_heads": 6, "head_dim": 5, "expand_v": 1,
+                               "allow_neg_eigval": True, "output_gate_activation": "sigmoid", "conv_size": 3,
+                               "tie_word_embeddings": True},
+    "gated_deltanet-plain": {"num_heads": 3, "head_dim": 4, "use_gate": False, "use_short_conv": False},
+    "kda": {"num_heads": 3, "head_dim": 6, "expand_v": 1.5},
+    "kda-bounded": {"num_heads": 2, "num_v_heads": 4, "head_dim": 5, "lower_bound": -2.5, "safe_gate": True,
+                    "allow_neg_eigval": True, "use_short_conv": False, "tie_word_embeddings": True},
     "gsa": {"num_heads": 5, "num_slots": 7, "gate_logit_normalizer": 3},
-    "gsa-grouped": {"num_heads": 6, "num_kv_heads": 2, "num_slots": None, "use_short_conv": True, "conv_size": 2,
-                    "feature_map": "t2r", "elementwise_affine": False, "tie_word_embeddings": True},
+    "gsa-grouped": {"num_heads": 6, "num_kv_heads": 2, "num_slots": None, "use_short_conv": True,
+                    "conv_size": 2, "feature_map": "t2r", "elementwise_affine": False, "tie_word_embeddings": True},
     "gsa-expanded": {"num_heads": 3, "exapnd_k": 0.7, "num_slots": 3, "feature_map": "relu", "norm_eps": 0.1},
+    "hgrn": {},
+    "hgrn-conv": {"expand_ratio": 1.5, "use_short_conv": True, "conv_size": 3, "elementwise_affine": False,
+                  "num_hidden_layers": 3, "tie_word_embeddings": True},
+    "hgrn-no-bound": {"use_lower_bound": False, "norm_eps": 0.1},
     "hgrn2": {"expand_ratio": 6},
     "hgrn2-conv": {"expand_ratio": None, "num_heads": 3, "use_short_conv": True, "conv_size": 2,
                    "norm_eps": 0.1, "tie_word_embeddings": True},
     "hgrn2-no-bound": {"expand_ratio": 10, "use_lower_bound": False, "elementwise_affine": False},
+    "mamba": {"state_size": 5, "norm_eps": 1e-3},
+    "mamba-tied": {"expand": 3, "state_size": 3, "conv_kernel": 2, "dt_rank": 4, "use_bias": True,
+                   "use_conv_bias": False, "residual_in_fp32": True, "tie_word_embeddings": True},
     "mamba2": {"head_dim": 6, "state_size": 5, "norm_eps": 1e-3},
     "mamba2-variant": {"head_dim": 4, "expand": 4, "state_size": 3, "hidden_size": 24, "D_has_hdim": True,
                        "norm_before_gate": True, "use_bias": True, "use_conv_bias": False, "conv_kernel": 3,
@@ -50,6 +74,10 @@ CASES: dict[str, dict[str, Any]] = {
     "rwkv6": {"num_heads": 5, "proj_low_rank_dim": 3, "gate_low_rank_dim": 7},
     "rwkv6-tied": {"num_heads": 3, "expand_k": 1.0, "expand_v": 0.7, "norm_first": False, "norm_bias": False,
                    "hidden_act": "relu", "fuse_norm": False, "tie_word_embeddings": True, "norm_eps": 1e-3},
+    "rwkv7": {"head_dim": 6, "decay_low_rank_dim": 3, "gate_low_rank_dim": 5, "a_low_rank_dim": 4,
+              "v_low_rank_dim": 2, "num_hidden_layers": 3},
+    "rwkv7-wide": {"head_dim": None, "num_heads": 3, "value_dim": 60, "norm_first": False, "norm_bias": False,
+                   "fuse_norm": False, "hidden_act": "relu", "norm_eps": 1e-3, "tie_word_embeddings": True},
 }  # fmt: skip
 
 
@@ -63,21 +91,34 @@ def build(case: str, **options: Any) -> Any:
 
 
 CONFIGS = {
+    "delta_net": "DeltaNetConfig",
+    "gated_deltanet": "GatedDeltaNetConfig",
     "gla": "GLAConfig",
     "gsa": "GSAConfig",
+    "hgrn": "HGRNConfig",
     "hgrn2": "HGRN2Config",
+    "kda": "KDAConfig",
     "linear_attn": "LinearAttentionConfig",
+    "mamba": "MambaConfig",
     "mamba2": "Mamba2Config",
     "retnet": "RetNetConfig",
     "rwkv6": "RWKV6Config",
+    "rwkv7": "RWKV7Config",
 }
 
 
-DERIVED = {"hgrn2": frozenset({"num_heads"}), "mamba2": frozenset({"num_heads", "n_groups", "bos_token_id"})}
+DERIVED = {
+    "mamba": frozenset({"intermediate_size", "time_step_rank", *FLA_DEFAULTS}),
+    "hgrn2": frozenset({"num_heads"}),
+    "mamba2": frozenset({"num_heads", "n_groups", "bos_token_id"}),
+    "rwkv7": frozenset({"num_heads", "value_dim"}),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_library(case: str, tmp_path: Path) -> None:
+def test_equals_the_library(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if case == "rwkv7-wide":  # the library's own start fails there
+        monkeypatch.setattr(RWKV7Attention, "_initialize_weights", lambda self, module: None)
     model = build(case, **CASES[case])
     save(model, tmp_path)
 

@@ -1,0 +1,113 @@
+"""Mamba (arXiv 2312.00752), in the checkpoint formats of transformers and of flash-linear-attention."""
+
+from typing import Any, ClassVar, Literal
+
+import pydantic
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.diagonal.selective import selective
+from models.batch import Batch
+from models.config import ModelConfig
+from models.decoder import Block, Decoder, Mixer
+from models.layers import Linear, RMSNorm
+from models.mixers.shortconv import ShortConv
+from models.state import LayerLeaves, LayerState, Leaf, pool_of
+
+__all__ = ["NAMES", "Config", "Mamba", "build", "decoder"]
+
+FLA_DEFAULTS = {"residual_in_fp32": False, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
+
+
+class Config(ModelConfig):
+    aliases: ClassVar[dict[str, str]] = {"norm_eps": "layer_norm_epsilon", "dt_rank": "time_step_rank"}
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {
+            "dt_init_floor", "dt_init_scheme", "dt_max", "dt_min", "dt_scale", "fuse_cross_entropy",
+            "fuse_linear_cross_entropy", "fuse_norm", "rescale_prenorm_residual",
+            "time_step_floor", "time_step_init_scheme", "time_step_max", "time_step_min", "time_step_scale",
+            "use_associative_scan", "use_falcon_mambapy", "use_l2warp", "use_mambapy",
+        }
+    )  # fmt: skip
+
+    state_size: int = pydantic.Field(16, gt=0)
+    expand: float = pydantic.Field(2, gt=0)
+    intermediate_size: int | None = pydantic.Field(None, gt=0)  # goes before `expand`
+    conv_kernel: int = pydantic.Field(4, ge=1, le=16)
+    time_step_rank: int | Literal["auto"] = "auto"
+    layer_norm_epsilon: float = 1e-5
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    hidden_act: Literal["silu", "swish"] = "silu"
+    residual_in_fp32: bool = True
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+
+    @property
+    def inner(self) -> int:
+        return self.intermediate_size or int(self.expand * self.hidden_size)
+
+    @property
+    def rank(self) -> int:
+        return -(-self.hidden_size // 16) if self.time_step_rank == "auto" else self.time_step_rank
+
+
+class Mamba(Mixer):
+    """h = exp(dt A) h + dt B x, y = (C . h + D x) silu(z), with dt, B and C made from the token; state [N,
+    C]."""
+
+    def __init__(self, c: Config, rms_eps: float | None = None):
+        """With `rms_eps`, B, C and the low-rank dt are normed without weights (Falcon Mamba)."""
+        super().__init__()
+        inner, R, N = c.inner, c.rank, c.state_size
+        self.inner, self.N, self.sizes, self.rms_eps = inner, N, (R, N, N), rms_eps
+        self.in_proj = Linear(c.hidden_size, 2 * inner, bias=c.use_bias)
+        self.conv = ShortConv({"conv1d": inner}, c.conv_kernel, bias=c.use_conv_bias)
+        self.x_proj = Linear(inner, R + 2 * N, bias=False)
+        self.dt_proj = Linear(R, inner)
+        self.A_log = nn.Parameter(torch.empty(inner, N))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.out_proj = Linear(inner, c.hidden_size, bias=c.use_bias)
+        self._A: Tensor | None = None
+
+    def prepare(self) -> None:
+        self._A = -self.A_log.float().exp().t().contiguous()
+
+    def leaves(self) -> LayerLeaves:
+        return {"h": Leaf((self.N, self.inner)), "conv": self.conv.leaf()}
+
+    def forward(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, -1)
+        x = self.conv(x, batch, pool_of(state, "conv"))
+        low, B, C = self.x_proj(x).split(self.sizes, -1)
+        if self.rms_eps is not None:
+            low, B, C = (F.rms_norm(y, y.shape[-1:], eps=self.rms_eps) for y in (low, B, C))
+        dt = F.softplus(F.linear(low, self.dt_proj.weight).float() + self.dt_proj.bias.float())
+        A = -self.A_log.float().exp().t() if self._A is None else self._A
+        y = selective(x, dt, A, B, C, self.D, z, pool_of(state, "h"), *batch.index)
+        return self.out_proj(y)
+
+    def flops(self) -> int:
+        return 7 * self.N * self.inner
+
+
+def decoder(c: Config, rms_eps: float | None = None) -> Decoder:
+    D, eps = c.hidden_size, c.layer_norm_epsilon
+    blocks = [Block(RMSNorm(D, eps), Mamba(c, rms_eps)) for _ in range(c.num_hidden_layers)]
+    head = None if c.tie_word_embeddings else Linear(D, c.vocab_size, bias=False)
+    embeddings = nn.Embedding(c.vocab_size, D)
+    return Decoder(embeddings, blocks, RMSNorm(D, eps), head, residual_in_fp32=c.residual_in_fp32)
+
+
+def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:
+    c = Config.read(raw if "layer_norm_epsilon" in raw else {**FLA_DEFAULTS, **raw}, file)
+    return c, decoder(c)
+
+
+NAMES = (
+    (r"^(embeddings|layers)\.", r"backbone.\1."),
+    (r"^norm\.", "backbone.norm_f."),
+    (r"\.mixer_norm\.", ".norm."),
+)

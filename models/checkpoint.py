@@ -19,7 +19,7 @@ from models.layers import Parted
 
 ZOO = Path(__file__).parent / "zoo"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.bias$|\.masked_bias$")
+BUFFERS = re.compile(r"rotary_emb\.inv_freq$|freqs_cis$|\.attn\.bias$|\.masked_bias$")
 """Tensors that some libraries save although they follow from the configuration."""
 
 Names = tuple[tuple[str, str], ...]
@@ -180,7 +180,7 @@ class Checkpoint:
 
 
 def checkpoint_tensors(model: nn.Module, names: Names) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter, or part of one, with its name in the checkpoint: ours after the family's substitutions."""
+    """Each parameter, or part of one, with its name in the checkpoint: ours with the family's changes."""
     substitutions = [(re.compile(pattern), replacement) for pattern, replacement in names]
     paths: dict[str, str] = {"": ""}  # path here -> path there, before the substitutions
     for path, module in model.named_modules():

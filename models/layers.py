@@ -51,6 +51,12 @@ class RMSNorm(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(sum x^2 + eps) over the last dimension, in float32."""
+    size = x.shape[-1]
+    return F.rms_norm(x, (size,), eps=eps / size) * size**-0.5
+
+
 class GroupRMSNorm(nn.Module):
     """RMS norm of each of the groups that the last dimension is cut into."""
 

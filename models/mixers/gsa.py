@@ -25,13 +25,19 @@ class Config(HeadsConfig):
     aliases: ClassVar[dict[str, str]] = {"exapnd_k": "expand_k", "exapnd_v": "expand_v"}  # as it spells them
     inert: ClassVar[frozenset[str]] = frozenset({"clamp_max", "clamp_min", "use_norm", "use_output_gate"})
 
-    expand_v: Literal[1, 1.0] = 1
     num_slots: int | None = pydantic.Field(64, gt=0)
     gate_logit_normalizer: float = pydantic.Field(8, gt=0)
     feature_map: Literal["swish", "relu", "t2r"] = "swish"
     use_short_conv: bool = False
     conv_size: int = pydantic.Field(4, ge=1, le=16)
     elementwise_affine: bool = True
+
+    @pydantic.field_validator("expand_v")
+    @classmethod
+    def _one(cls, ratio: float) -> float:
+        if ratio != 1:  # its norm is over hidden_size channels
+            raise ValueError("must be 1")
+        return ratio
 
 
 class GSA(Mixer):

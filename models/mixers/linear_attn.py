@@ -64,7 +64,7 @@ class FeatureMap(nn.Module):
 
 
 class LinearAttention(Mixer):
-    """S = S + phi(k) v^T; o = phi(q)^T S, perhaps over phi(q) . sum phi(k): a column of ones in v carries it."""
+    """S = S + phi(k) v^T; o = phi(q)^T S, perhaps over phi(q) . sum phi(k), a column of S that ones fill."""
 
     def __init__(self, c: Config):
         super().__init__()

@@ -22,9 +22,9 @@ class Config(ModelConfig):
     aliases: ClassVar[dict[str, str]] = {"norm_eps": "layer_norm_epsilon", "dt_limit": "time_step_limit"}
     inert: ClassVar[frozenset[str]] = frozenset(
         {
-            "A_init_range", "chunk_size", "conv_init", "dt_init_floor", "dt_max", "dt_min", "fuse_cross_entropy",
-            "fuse_linear_cross_entropy", "fuse_norm", "rescale_prenorm_residual", "time_step_floor",
-            "time_step_max", "time_step_min", "time_step_rank", "use_l2warp",
+            "A_init_range", "chunk_size", "conv_init", "dt_init_floor", "dt_max", "dt_min",
+            "fuse_cross_entropy", "fuse_linear_cross_entropy", "fuse_norm", "rescale_prenorm_residual",
+            "time_step_floor", "time_step_max", "time_step_min", "time_step_rank", "use_l2warp",
         }
     )  # fmt: skip
 
@@ -52,7 +52,8 @@ class Config(ModelConfig):
         inner = round(self.expand * self.hidden_size)
         if inner != self.heads * self.head_dim:
             raise ValueError(
-                f"hidden_size * expand = {inner} must be num_heads * head_dim = {self.heads} * {self.head_dim}"
+                f"hidden_size * expand = {inner} must be num_heads * head_dim = "
+                f"{self.heads} * {self.head_dim}"
             )
         if self.heads % self.n_groups:
             raise ValueError(f"num_heads = {self.heads} must be a multiple of n_groups = {self.n_groups}")

@@ -13,7 +13,7 @@ from models.decoder import Block, Decoder, Mixer
 from models.layers import GatedMLP, GroupNorm, Linear, Packed, RMSNorm, softcap
 from models.state import LayerLeaves, LayerState, Leaf, pool_of
 
-__all__ = ["NAMES", "Config", "MLSTM", "build"]
+__all__ = ["MLSTM", "NAMES", "Config", "build"]
 
 
 class Config(ModelConfig):
@@ -71,7 +71,7 @@ class Config(ModelConfig):
 
 
 class MLSTM(Mixer):
-    """A matrix memory with exponential input gates: C = f C + i k v^T, h = C^T q over max(|n . q|, exp(-m))."""
+    """A matrix memory with exponential gates: C = f C + i k v^T, h = C^T q / max(|n . q|, exp(-m))."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -102,7 +102,9 @@ class MLSTM(Mixer):
             v.unflatten(-1, (self.heads, self.V)),
             i,
             f,
-            *(pool_of(state, name) for name in ("C", "n", "m")),
+            pool_of(state, "C"),
+            pool_of(state, "n"),
+            pool_of(state, "m"),
             *batch.index,
             scale=self.K**-0.5,
             eps=self.eps,

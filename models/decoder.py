@@ -5,10 +5,12 @@ that a token carries between stages, [row_width]: its hidden vector, and whateve
 it. A plain stack is one stage; looped, nested and chained models have several (models.depth).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -107,10 +109,19 @@ class Decoder(nn.Module):
         self.embedding_scale = embedding_scale
         self.logit_softcap = logit_softcap
         self.residual_in_fp32 = residual_in_fp32
-        self.stages: tuple[Stage, ...] = (Stage("stack", range(len(layers)), head=True),)
+        single = (Stage(f"layer {i}", range(i, i + 1)) for i in range(len(layers)))
+        self.stages: tuple[Stage, ...] = (
+            Stage("stack", range(len(layers)), head=True),
+            *single,  # for chains
+            Stage("head", range(0), head=True),
+        )
+        self.chains = True  # a request may give the layers to run
         self.default_depth = "full"  # policy of a request that does not give one
         self.signals: dict[str, int] = {}  # exit signals of its own (router, gate): the column of a row that holds them
+        # The final stage, where intermediate predictions go through its layers: tokens must come to it one by one then.
+        self.predicts_through: int | None = None
         self.fills = False  # tokens that leave early write what they skip (see Batch.ghosts)
+        self._flops: dict[int, float] = {}  # by stage
         self._growing: list[set[int]] = []  # by stage: groups of layers whose state grows
 
     @property
@@ -154,6 +165,18 @@ class Decoder(nn.Module):
         """The way of a token that goes the whole depth, with the exits that it passes."""
         return Path((Node(0, units=1),))
 
+    def chain(self, layers: Sequence[int]) -> Path:
+        """The way of a token through these layers, in this order; each repeat of a layer has a state of its own.
+
+        (Chain-of-Layers, arXiv 2507.07996.) Its depth is the number of layers that it has passed.
+        """
+        passed: Counter[int] = Counter()
+        nodes = []
+        for units, layer in enumerate(layers, 1):
+            nodes.append(Node(1 + layer, occurrence=passed[layer], units=units))
+            passed[layer] += 1
+        return Path((*nodes, Node(1 + len(self.layers))))
+
     def embed(self, ids: Tensor) -> Tensor:
         """ids [T] -> rows [T, row_width]."""
         rows = self.embeddings(ids)
@@ -177,12 +200,16 @@ class Decoder(nn.Module):
 
     def logits(self, rows: Tensor) -> Tensor:
         """Rows [R, row_width] that have passed the last stage -> [R, vocab_size], float32."""
-        x = self.norm(rows)
-        head = self.embeddings.weight if self.lm_head is None else self.lm_head.weight
-        logits = torch.nn.functional.linear(
-            x, head, None if self.lm_head is None else self.lm_head.bias
-        ).float()
-        return softcap(logits, self.logit_softcap)
+        return self.head(self.norm(rows))
+
+    def head(self, x: Tensor) -> Tensor:
+        """Normed hidden vectors [R, D] -> logits [R, vocab_size], float32."""
+        weight = self.embeddings.weight if self.lm_head is None else self.lm_head.weight
+        bias = None if self.lm_head is None else self.lm_head.bias
+        logits = torch.nn.functional.linear(x, weight, bias).float()
+        if self.logit_softcap is not None:
+            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+        return logits
 
     def forward(self, ids: Tensor, batch: Batch) -> Tensor:
         """Every stage once, from an empty state: packed ids [T] -> logits [T, vocab_size]. For training."""
@@ -194,9 +221,23 @@ class Decoder(nn.Module):
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self, units: float | None = None) -> float:
-        """Of a token that goes so deep, or the whole depth. Multiply-adds count as two; the embedding lookup
-        is free."""
-        head = self.vocab_size * self.row_width
-        weights = sum(p.numel() for p in self.layers.parameters()) + head
-        return 2 * weights + sum(block.flops() for block in self.blocks)
+    def flops(self, path: Path | None = None, units: float | None = None) -> float:
+        """Floating-point operations of a token on a path (the model's own), as far as it goes, or to a depth between
+        its ends. Multiply-adds count as two; the embedding lookup is free."""
+        path = path or self.path()
+        costs = [self._stage_flops(node.stage) for node in path.nodes]
+        outside = sum(cost for node, cost in zip(path.nodes, costs, strict=True) if not node.units)
+        depths, spent = [0.0], [0.0]
+        for node, cost in zip(path.nodes, costs, strict=True):
+            if node.units:
+                depths.append(float(node.units))
+                spent.append(spent[-1] + cost)
+        return outside + float(np.interp(path.full_depth if units is None else units, depths, spent))
+
+    def _stage_flops(self, stage: int) -> float:
+        if stage not in self._flops:
+            part = self.stages[stage]
+            blocks = [self.blocks[i] for i in part.layers]
+            layers = sum(2 * sum(p.numel() for p in b.parameters()) + b.flops() for b in blocks)
+            self._flops[stage] = layers + (2 * self.vocab_size * self.hidden_size if part.head else 0)
+        return self._flops[stage]

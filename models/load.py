@@ -13,7 +13,7 @@ from models.checkpoint import Checkpoint
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.errors import ConfigError
-from models.registry import family
+from models.registry import family, names
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,7 +45,7 @@ def load(
     with torch.device("meta"):
         config, model = host.build(checkpoint.config, checkpoint.config_file)
     model = model.to(pick_dtype(dtype, place)).to_empty(device=place)
-    checkpoint.load_into(model, host.NAMES)
+    checkpoint.load_into(model, names(checkpoint.config, checkpoint.config_file))
     model.requires_grad_(False).eval()
     prepare(model)
     return LoadedModel(

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from models.load import LoadedModel, load
 from serving.engine.build import make_engine
 from serving.engine.core import FinishReason, Output, Request, Usage
+from serving.engine.depth import DepthPolicy
 from serving.engine.params import SamplingParams
 from serving.errors import FailedPreconditionError, InvalidArgumentError
 from serving.text import TextStream
@@ -110,10 +111,12 @@ class LLM:
             completions.append(replace(made[0], siblings=tuple(made[1:])))
         return completions
 
-    def score(self, prompts: Prompt | Sequence[Prompt]) -> list[list[float]]:
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], depth: DepthPolicy | str | None = None
+    ) -> list[list[float]]:
         """For each prompt (a string, or a list of token ids), the natural-log probability of every token after the
-        first, given those before it."""
-        requests = self._requests(_listed(prompts), SamplingParams(), score=True)
+        first, given those before it; each as deep as the policy says."""
+        requests = self._requests(_listed(prompts), SamplingParams(depth=depth), score=True)
         scores: dict[str, list[float]] = {request.id: [] for request in requests}
         for out in self._run(requests, "scoring"):
             scores[out.request_id] += out.logprobs

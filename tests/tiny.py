@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer
 
 from models.checkpoint import save
-from models.registry import family
+from models.registry import family, names
 from models.train.tokenizer import train_tokenizer
 
 GLA: dict[str, Any] = {
@@ -30,7 +30,9 @@ def tokenizer(vocab_size: int = 300) -> Tokenizer:
     return train_tokenizer(("def f(x):\n    return x + 1  # naïve café 漢字 🎈\n" * 3,), vocab_size)
 
 
-def checkpoint(folder: Path, config: dict[str, Any] | None = None, *, seed: int = 0, text: bool = True) -> Path:
+def checkpoint(
+    folder: Path, config: dict[str, Any] | None = None, *, seed: int = 0, text: bool = True, scale: float = 1.5
+) -> Path:
     """A folder with random weights of a configuration, and with a tokenizer unless told otherwise."""
     config = config or GLA
     host = family(config, "test")
@@ -39,10 +41,10 @@ def checkpoint(folder: Path, config: dict[str, Any] | None = None, *, seed: int 
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
+                parameter.normal_(0, scale / parameter.shape[-1] ** 0.5)
             else:
                 parameter.normal_(1, 0.2)
-    save(folder, model, host.NAMES, config, torch.float32)
+    save(folder, model, names(config, "test"), config, torch.float32)
     if text:
         tokenizer(config["vocab_size"]).save(str(folder / "tokenizer.json"))
     return folder

@@ -5,6 +5,7 @@ adapts its depth. Every pass through the core has a state of its own, unless the
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from models.batch import Batch
 from models.decoder import Decoder, Stage
+from models.depth.lora import TokenDepths
 from models.layers import Linear
+from models.mixers.attention import Attention
 from models.paths import NOWHERE, Node, Path
 from models.state import LayerLayout, LayerState, Layout
 
@@ -22,14 +25,22 @@ all depths read, written at the first; what it wrote at the last depth that it r
 it kept the hidden vector with which it left."""
 
 
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """How a stack of layers is looped."""
+
+    depths: int  # passes through the core at most
+    prelude: int = 0  # layers before it
+    coda: int = 0  # layers after it
+    skipped: Skipped = "absent"
+    sequence: bool = False  # each layer of the core is repeated before the next one
+    norm_each: bool = False  # the final norm runs after every pass, and not again before the head
+    gate: bool = False  # an exit gate looks at the token after every pass
+
+
 class LoopedDecoder(Decoder):
-    """`prelude` + core + `coda` layers; the core runs up to `depths` times.
-
-    A row is the hidden vector x, then the columns `rest` that a kind of looped model carries beside it, then, where
-    skipped depths are `last_exited`, what each layer of the core was last given.
-    """
-
-    rest = 0  # columns beside the hidden vector
+    """A row is the hidden vector x, then the columns `rest` that a kind of looped model carries beside it, then, where
+    skipped depths are `last_exited`, what each layer of the core was last given."""
 
     def __init__(
         self,
@@ -37,28 +48,44 @@ class LoopedDecoder(Decoder):
         layers: Sequence[nn.Module],
         norm: nn.Module,
         lm_head: Linear | None,
-        *,
-        prelude: int,
-        coda: int,
-        depths: int,
-        skipped: Skipped = "absent",
+        loop: Loop,
         **options: Any,
     ):
         super().__init__(embeddings, layers, norm, lm_head, **options)
-        self.depths = depths
-        self.skipped: Skipped = skipped
-        self.fills = skipped in ("last_exited", "propagate")
-        end = len(layers) - coda
-        stages = [Stage("prelude", range(prelude))] if prelude else []
-        self.core = len(stages)
-        self.stages = (*stages, Stage("core", range(prelude, end)), Stage("coda", range(end, len(layers)), head=True))
+        self.loop = loop
+        self.chains = False
+        self.fills = loop.skipped in ("last_exited", "propagate")
+        self.token_depths = TokenDepths()
+        end = len(layers) - loop.coda
+        core = range(loop.prelude, end)
+        prelude = [Stage("prelude", range(loop.prelude))] if loop.prelude else []
+        cores = [Stage(f"core {i}", range(i, i + 1)) for i in core] if loop.sequence else [Stage("core", core)]
+        self.stages = (*prelude, *cores, Stage("coda", range(end, len(layers)), head=True))
+        self.cores = range(len(prelude), len(prelude) + len(cores))
+        if loop.gate:
+            self.early_exit_gate = Linear(embeddings.embedding_dim, 1)
+            self.signals = {"gate": embeddings.embedding_dim + 1}
+        if loop.skipped == "shared":
+            for i in core:
+                for module in self.layers[i].modules():
+                    if isinstance(module, Attention):
+                        module.shared = True
 
     # What kinds of looped models differ in.
+
+    @property
+    def rest(self) -> int:
+        """Columns beside the hidden vector. Of a gate: the probability that the token is still there, and that it has
+        left."""
+        return 2 if self.loop.gate else 0
 
     def begin(self, x: Tensor, batch: Batch | None) -> tuple[Tensor, Tensor]:
         """Before the first pass: x [T, D] as the prelude left it -> x, rest [T, rest]. Without a prelude there is no
         batch yet."""
-        return x, x.new_zeros(len(x), self.rest)
+        rest = x.new_zeros(len(x), self.rest)
+        if self.loop.gate:
+            rest[:, 0] = 1.0
+        return x, rest
 
     def enter(self, x: Tensor, rest: Tensor, batch: Batch) -> Tensor:
         """What a pass begins with."""
@@ -66,6 +93,12 @@ class LoopedDecoder(Decoder):
 
     def leave(self, before: Tensor, x: Tensor, rest: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """After a pass that had begun with the rows `before` [T, D]: x, rest."""
+        if self.loop.norm_each:
+            x = self.norm(x)
+        if self.loop.gate:
+            leaves = torch.sigmoid(self.early_exit_gate(x).float())[:, 0]
+            still, gone = rest[:, 0].float(), rest[:, 1].float()
+            rest = torch.stack([still * (1 - leaves), gone + still * leaves], -1).to(x.dtype)
         return x, rest
 
     def end(self, x: Tensor, rest: Tensor) -> Tensor:
@@ -80,53 +113,63 @@ class LoopedDecoder(Decoder):
 
     @property
     def row_width(self) -> int:
-        kept = len(self.stages[self.core].layers) if self.skipped == "last_exited" else 0
+        kept = len(self.stages[self.cores[0]].layers) if self.loop.skipped == "last_exited" else 0
         return self.hidden_size * (1 + kept) + self.rest
 
     def path(self) -> Path:
-        coda = self.core + self.depths
-        early = coda if self.skips_core() else NOWHERE
-        prelude = [Node(stage, exit_to=early) for stage in range(self.core)]
-        core = [Node(self.core, depth, units=depth + 1, exit_to=coda) for depth in range(self.depths)]
-        return Path((*prelude, *core, Node(self.core + 1)))
+        passes = self.loop.depths
+        coda = self.cores[0] + len(self.cores) * passes
+        nodes = [Node(s, exit_to=coda if self.skips_core() else NOWHERE) for s in range(self.cores[0])]
+        for number, stage in enumerate(self.cores, 1):
+            for depth in range(passes):
+                if not self.loop.sequence:
+                    nodes.append(Node(stage, depth, units=depth + 1, exit_to=coda))
+                elif depth + 1 < passes:
+                    nodes.append(Node(stage, depth))
+                else:  # a layer that is done with all its repeats adds one to the depth
+                    nodes.append(Node(stage, depth, units=number, exit_to=coda))
+        return Path((*nodes, Node(self.cores.stop)))
 
     def layout(self) -> Layout:
-        core, shared = self.stages[self.core].layers, self.skipped == "shared"
-        return Layout(
-            tuple(
-                LayerLayout(block.leaves(), self.depths, shared, group=1) if i in core else LayerLayout(block.leaves())
-                for i, block in enumerate(self.blocks)
-            )
-        )
+        layers = [LayerLayout(block.leaves()) for block in self.blocks]
+        for group, stage in enumerate(self.cores, 1):
+            for i in self.stages[stage].layers:
+                leaves, shared = layers[i].leaves, self.loop.skipped == "shared"
+                layers[i] = LayerLayout(leaves, self.loop.depths, shared, group)
+        return Layout(tuple(layers))
 
     def appends(self, stage: int, depths: Tensor) -> dict[int, Tensor]:
         appended = super().appends(stage, depths)
-        if self.skipped == "shared" and stage == self.core:
+        if self.loop.skipped == "shared" and stage in self.cores:
             return {group: torch.where(at > 0, -1, at) for group, at in appended.items()}
         return appended
 
     def embed(self, ids: Tensor) -> Tensor:
         x = super().embed(ids)
-        return self._row(*self.begin(x, None)) if self.core == 0 else self._row(x, x.new_zeros(len(x), self.rest))
+        return self._row(x, x.new_zeros(len(x), self.rest)) if self.cores[0] else self._row(*self.begin(x, None))
 
     def run(self, stage: int, rows: Tensor, batch: Batch, states: Sequence[LayerState] | None) -> Tensor:
         """As every decoder; the last stage returns the hidden vectors alone."""
         x, rest = rows[:, : self.hidden_size], rows[:, self.hidden_size : self.hidden_size + self.rest]
-        if stage == self.core:
-            return self._pass(rows, x, rest, batch, states)
-        if stage < self.core:
+        if stage in self.cores:
+            return self._pass(stage, rows, x, rest, batch, states)
+        if stage < self.cores.start:
             return self._row(*self.begin(super().run(stage, x, batch, states), batch))
         return super().run(stage, self.end(x, rest), batch, states)
 
+    def logits(self, rows: Tensor) -> Tensor:
+        return self.head(rows if self.loop.norm_each else self.norm(rows))
+
     def _pass(
-        self, rows: Tensor, x: Tensor, rest: Tensor, batch: Batch, states: Sequence[LayerState] | None
+        self, stage: int, rows: Tensor, x: Tensor, rest: Tensor, batch: Batch, states: Sequence[LayerState] | None
     ) -> Tensor:
-        """One pass through the core. Ghosts give each layer what they gave it last, or their hidden vector."""
+        """One pass through a core. Ghosts give each layer what they gave it last, or their hidden vector."""
+        self.token_depths.value = batch.token_depths
         ghosts = None if batch.ghosts is None else batch.ghosts[:, None]
-        last_exited = self.skipped == "last_exited"
+        last_exited = self.loop.skipped == "last_exited"
         kept = rows[:, self.hidden_size + self.rest :].unflatten(-1, (-1, self.hidden_size)) if last_exited else None
         y, given = self.enter(x, rest, batch), []
-        for j, i in enumerate(self.stages[self.core].layers):
+        for j, i in enumerate(self.stages[stage].layers):
             if ghosts is not None:
                 y = torch.where(ghosts, x if kept is None else kept[:, j], y)
             given.append(y)
@@ -147,12 +190,3 @@ class LoopedDecoder(Decoder):
         for node in self.path().nodes:
             rows = self.run(node.stage, rows, batch.at_depth(node.depth), None)
         return self.logits(rows)
-
-    def flops_per_token(self, units: float | None = None) -> float:
-        def of(stage: Stage) -> float:
-            blocks = [self.blocks[i] for i in stage.layers]
-            return sum(2 * sum(p.numel() for p in block.parameters()) + block.flops() for block in blocks)
-
-        outside = sum(of(stage) for i, stage in enumerate(self.stages) if i != self.core)
-        head = 2 * self.vocab_size * self.hidden_size
-        return head + outside + of(self.stages[self.core]) * (self.depths if units is None else units)

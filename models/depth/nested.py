@@ -15,7 +15,11 @@ from models.paths import Node, Path
 
 class NestedDecoder(Decoder):
     """A stack that is cut at its exits: one stage for the layers between two of them, and one for the head alone, so
-    that tokens which leave at different exits meet there. The depth of a token is the number of its layers."""
+    that tokens which leave at different exits meet there. The depth of a token is the number of its layers.
+
+    `fills`: a token that leaves early gives the layers that it skips its hidden vector, for later tokens to see
+    (state propagation, arXiv 2207.07061); otherwise it is absent there.
+    """
 
     def __init__(
         self,
@@ -25,6 +29,7 @@ class NestedDecoder(Decoder):
         lm_head: Linear | None,
         *,
         exits: Sequence[int],
+        fills: bool = True,
         **options: Any,
     ):
         super().__init__(embeddings, layers, norm, lm_head, **options)
@@ -32,14 +37,10 @@ class NestedDecoder(Decoder):
         self.exits = tuple(bounds[1:])
         segments = (Stage(f"layers to {b}", range(a, b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
         self.stages = (*segments, Stage("head", range(0), head=True))
+        self.chains = False
+        self.fills = fills
 
     def path(self) -> Path:
         head = len(self.exits)
         nodes = [Node(i, units=layers, exit_to=head) for i, layers in enumerate(self.exits)]
         return Path((*nodes, Node(head)))
-
-    def flops_per_token(self, units: float | None = None) -> float:
-        full = super().flops_per_token()
-        head = 2 * self.vocab_size * self.embeddings.embedding_dim
-        layers = len(self.layers)
-        return head + (full - head) * (layers if units is None else units) / layers

@@ -37,18 +37,17 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def change(name: str, before: Tensor, after: Tensor) -> Tensor:
-    """Logits [T, V] of two successive passes -> [T], nats: the divergence of the new prediction from the old one, also
-    over likely tokens alone, or the difference of their entropies."""
+    """Logits [T, V] of two successive passes -> [T], nats: the divergence of the old prediction from the new one, also
+    with the unlikely tokens levelled out, or the difference of their entropies."""
     if name == "entropy_diff":
         return (entropy(after) - entropy(before)).abs()
-    if name == "minp_kl":
-        after, before = (_likely(x, after) for x in (after, before))
-    p, q = after.log_softmax(-1), before.log_softmax(-1)
-    return (p.exp() * (p - q)).nan_to_num().sum(-1)
+    q, p = (_likely(x) if name == "minp_kl" else x.log_softmax(-1) for x in (before, after))
+    return (q.exp() * (q - p)).nan_to_num().sum(-1)
 
 
-def _likely(logits: Tensor, judge: Tensor) -> Tensor:
-    """Without the tokens that `judge` holds to be less than a tenth as likely as its likeliest."""
-    probabilities = judge.softmax(-1)
-    kept = probabilities >= MIN_P * probabilities.amax(-1, keepdim=True)
-    return logits.masked_fill(~kept, float("-inf"))
+def _likely(logits: Tensor) -> Tensor:
+    """Log-probabilities [T, V] in which all tokens less than a tenth as likely as the likeliest one have 1 / V."""
+    probabilities = logits.softmax(-1)
+    unlikely = probabilities < MIN_P * probabilities.amax(-1, keepdim=True)
+    levelled = probabilities.masked_fill(unlikely, 1 / logits.shape[-1])
+    return (levelled / levelled.sum(-1, keepdim=True)).log()

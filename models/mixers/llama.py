@@ -34,6 +34,7 @@ class Config(ModelConfig):
     mlp_bias: bool = False
     pretraining_tp: Literal[1] = 1
     exits: tuple[int, ...] = ()  # layers after which a token may leave; the last layer is one always
+    skipped: Literal["absent", "propagate"] = "propagate"  # what later tokens see at the layers that a token skipped
 
     aliases: ClassVar[dict[str, str]] = {}
 
@@ -94,7 +95,7 @@ def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:
         RMSNorm(c.hidden_size, c.rms_norm_eps),
         None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size, bias=False),
     )
-    return c, NestedDecoder(*parts, exits=c.exits) if c.exits else Decoder(*parts)
+    return c, NestedDecoder(*parts, exits=c.exits, fills=c.skipped == "propagate") if c.exits else Decoder(*parts)
 
 
 NAMES = (

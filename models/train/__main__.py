@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from models.checkpoint import ZOO, save
 from models.load import pick_device
-from models.registry import family
+from models.registry import family, names
 from models.train import corpus, data
 from models.train.evaluate import bits_per_byte, compressors
 from models.train.loop import Recipe, initialise, train
@@ -32,7 +32,7 @@ def make(recipe: Recipe, texts: corpus.Corpus) -> None:
     model.to(pick_device("auto"))
     print(f"{recipe.name}: {model.parameter_count():,} parameters, {len(tokens):,} tokens of training text")
     train(model, recipe, tokens, RUNS / recipe.name)
-    save(folder, model, host.NAMES, recipe.config, torch.bfloat16)
+    save(folder, model, names(recipe.config, recipe.name), recipe.config, torch.bfloat16)
     tokenizer.save(str(folder / "tokenizer.json"))
     model.to(torch.bfloat16).float()  # the weights as they ship
     card = {

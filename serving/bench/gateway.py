@@ -109,7 +109,7 @@ def tiny(folder: Path) -> Path:
     import torch
 
     from models.checkpoint import save
-    from models.registry import family
+    from models.registry import family, names
 
     config = {
         "model_type": "gla", "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 1,
@@ -120,5 +120,5 @@ def tiny(folder: Path) -> Path:
     torch.manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    save(folder / "tiny", model, host.NAMES, config, torch.float32)
+    save(folder / "tiny", model, names(config, "tiny"), config, torch.float32)
     return folder / "tiny"

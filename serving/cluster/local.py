@@ -108,14 +108,14 @@ def _check_models(config: ServeConfig) -> None:
     import torch
 
     from models.checkpoint import Checkpoint
-    from models.registry import family
+    from models.registry import family, names
 
     for spec in config.models:
         checkpoint = Checkpoint(spec.path)
         host = family(checkpoint.config, checkpoint.config_file)
         with torch.device("meta"):
             _, model = host.build(checkpoint.config, checkpoint.config_file)
-        checkpoint.check(model, host.NAMES)
+        checkpoint.check(model, names(checkpoint.config, checkpoint.config_file))
 
 
 def _wait(config: ServeConfig, stop: threading.Event | None) -> None:

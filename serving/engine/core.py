@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.paths import NOWHERE
+from serving.engine.depth import DepthPolicy
 from serving.engine.params import SamplingParams
 
 Ints = npt.NDArray[np.int64]
@@ -35,6 +36,7 @@ class Request:
     arrival: float = 0.0
     admitted: float | None = None
     first_token: float | None = None
+    policy: DepthPolicy = field(default_factory=DepthPolicy)  # that holds: its own, or the model's default
     sequences: "list[Sequence]" = field(default_factory=list)
 
 

@@ -24,6 +24,7 @@ class ExitReason(IntEnum):
 
 CONFIDENCE = ("probability", "margin", "entropy")
 CONVERGENCE = ("latent_diff", "cosine", "kl", "entropy_diff", "argmax", "minp_kl")
+ABOUT_PREDICTIONS = frozenset({*CONFIDENCE, "kl", "entropy_diff", "argmax", "minp_kl"})
 SIGNALS = ("router", "gate", *CONFIDENCE, *CONVERGENCE)
 AT_LEAST = frozenset({"router", "gate", "probability", "margin", "argmax"})
 """Signals by which a token leaves when they are at least the threshold; by the others, when they are at most."""

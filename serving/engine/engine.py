@@ -3,9 +3,9 @@
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 
 from serving.engine.core import Chunk, FinishReason, Load, Output, Request, Sampled, Sequence, Tick, Usage
+from serving.engine.depth import DepthPolicy
 from serving.engine.observer import Observer
 from serving.engine.runner import Runner
 from serving.engine.scheduler import Scheduler
@@ -43,6 +43,7 @@ class Engine:
             max_waiting=max_waiting,
             clock=clock,
             fills=runner.fills,
+            one_by_one=runner.one_by_one,
         )
 
     def step(self) -> list[Output]:
@@ -80,9 +81,8 @@ class Engine:
             wrong = low if low < 0 else high
             raise InvalidArgumentError("prompt", wrong, f"token ids of this model are 0 to {self.runner.vocab_size - 1}")
         request.params.check_vocabulary(self.runner.vocab_size)
-        policy = request.params.policy or self.runner.default_depth
-        request.params = replace(request.params, depth=policy)
-        self.scheduler.submit(request, self.runner.path(policy))
+        request.policy = request.params.policy or self.runner.default_depth
+        self.scheduler.submit(request, self.runner.path(request.policy))
 
     def cancel(self, request_id: str, index: int | None = None) -> list[Output]:
         """Stop a request, or one of its continuations, and free its slots at once. Unknown ids are ignored: the
@@ -211,8 +211,8 @@ class Engine:
 
     def _saved(self, request: Request, mean_depth: float) -> float:
         """Share of the operations of the full depth that the request's tokens did without."""
-        full = self.runner.path(self.runner.default_depth).full_depth
-        return max(0.0, 1 - self.runner.flops(mean_depth) / self.runner.flops(full))
+        full = self.runner.flops(self.runner.path(DepthPolicy.full()))
+        return max(0.0, 1 - self.runner.flops(self.runner.path(request.policy), mean_depth) / full)
 
 
 def _alternatives(sampled: Sampled, row: int, count: int) -> dict[int, float]:

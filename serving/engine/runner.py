@@ -15,7 +15,7 @@ from models.paging import PAGE, pages_for
 from models.paths import NOWHERE, Path
 from models.state import StatePool
 from serving.engine.core import Chunk, Floats, Ints, Result, Sampled, Sequence, Tick
-from serving.engine.depth import CONVERGENCE, DepthPolicy
+from serving.engine.depth import ABOUT_PREDICTIONS, CONVERGENCE, DepthPolicy
 from serving.engine.paths import PathTable
 from serving.engine.rows import Rows
 from serving.engine.sampler import Sampler
@@ -31,6 +31,7 @@ class Runner(Protocol):
     final_stages: frozenset[int]
     default_depth: DepthPolicy
     fills: bool  # tokens that leave early write what they skip
+    one_by_one: frozenset[str]  # signals for which the tokens of a prompt have to come singly
 
     def path(self, policy: DepthPolicy) -> Path:
         """The path of tokens under a policy. Raises InvalidArgumentError for one that the model cannot follow."""
@@ -50,8 +51,8 @@ class Runner(Protocol):
     def skip(self, tick: Tick, skipped: list[tuple[int, Ints, Ints]], rows: Rows) -> None:
         """Write the state of what decoding rows skip; only asked for where `fills`."""
 
-    def flops(self, units: float) -> float:
-        """Floating-point operations of a token that goes so deep."""
+    def flops(self, path: Path, units: float | None = None) -> float:
+        """Floating-point operations of a token on a path, to the end or to a depth."""
 
 
 class TorchRunner:
@@ -70,6 +71,7 @@ class TorchRunner:
         if layout.paged:
             self.token_capacity = token_capacity or slots * PAGE * pages_for(max_tokens)
         self.fills = model.fills
+        self.one_by_one = frozenset(ABOUT_PREDICTIONS if model.predicts_through is not None else ())
         self.pool = StatePool(
             layout,
             slots,
@@ -90,7 +92,7 @@ class TorchRunner:
         full = self.model.path()
         exits = any(node.exit_to != NOWHERE for node in full.nodes)
         if policy.kind == "chain":
-            raise InvalidArgumentError("depth.chain", policy.layers, "the layers of this model stay in their order")
+            return self._chain(policy.layers)
         if policy.kind not in ("full", "fixed") and not exits:
             raise InvalidArgumentError("depth", policy.kind, "every token of this model takes all of its layers")
         if policy.signal in ("router", "gate") and policy.signal not in self.model.signals:
@@ -98,10 +100,23 @@ class TorchRunner:
         for name, depth in (("fixed", policy.depth), ("min_depth", policy.min_depth), ("max_depth", policy.max_depth)):
             if depth is not None and depth > full.full_depth:
                 raise InvalidArgumentError(f"depth.{name}", depth, f"the full depth of this model is {full.full_depth}")
+        reachable = {node.units for node in full.nodes if node.exit_to != NOWHERE} | {full.full_depth}
+        if policy.depth is not None and policy.depth not in reachable:
+            shown = ", ".join(map(str, sorted(reachable)))
+            raise InvalidArgumentError("depth.fixed", policy.depth, f"must be one of {shown}")
         return full
 
-    def flops(self, units: float) -> float:
-        return self.model.flops_per_token(units)
+    def _chain(self, layers: tuple[int, ...]) -> Path:
+        count = len(self.model.layers)
+        if not self.model.chains:
+            raise InvalidArgumentError("depth.chain", layers, "the layers of this model stay in their order")
+        for layer in layers:
+            if not 0 <= layer < count:
+                raise InvalidArgumentError("depth.chain", layer, f"the layers of this model are 0 to {count - 1}")
+        return self.model.chain(layers)
+
+    def flops(self, path: Path, units: float | None = None) -> float:
+        return self.model.flops(path, units)
 
     def admit(self, sequence: Sequence, endings: Seq[int]) -> None:
         request = sequence.request
@@ -131,7 +146,9 @@ class TorchRunner:
         if tick.final:
             return Result(sampled=self._head(tick, rows, after))
         self._park(tick, after)
-        return Result(self._signals(tick, rows, before, after, batch))
+        if not tick.wanted:
+            return Result()
+        return Result(self._signals(tick, self._first_exit(tick, rows, paths), before, after, batch))
 
     @torch.inference_mode()
     def skip(self, tick: Tick, skipped: list[tuple[int, Ints, Ints]], rows: Rows) -> None:
@@ -176,6 +193,16 @@ class TorchRunner:
             self._entries[stage][slots, at] += tokens
             self.pool.pages[group].reach(slots, at, self._entries[stage][slots, at])
 
+    def _make_room(self, index: Tensor, batch: Batch) -> None:
+        """Find pages for entries that intermediate predictions append, and take back, at the final stage."""
+        stage = self.model.predicts_through
+        if stage is None:
+            return
+        slots = batch.slots[index].cpu().numpy()
+        for group, depths in self.model.appends(stage, torch.zeros_like(batch.slots[index])).items():
+            at = depths.cpu().numpy()
+            self.pool.pages[group].reach(slots, at, self._entries[stage][slots, at] + 1)
+
     def _enter(self, tick: Tick, rows: Rows) -> Tensor:
         """The rows [T, row_width] that the stage works on: embedded where they begin, as they were parked elsewhere."""
         tokens = [chunk.passing for chunk in tick.chunks]
@@ -205,12 +232,18 @@ class TorchRunner:
             else:
                 chunk.rows[self._tensor(tokens)] = made
 
-    def _signals(self, tick: Tick, rows: Rows, before: Tensor, after: Tensor, batch: Batch) -> dict[str, Floats]:
+    def _first_exit(self, tick: Tick, rows: Rows, paths: PathTable) -> npt.NDArray[np.bool_]:
+        """Which of the tick's tokens are at the first exit of their path: nothing to compare them with has gone before."""
+        owners = np.concatenate([tick.slots, *(np.full(len(c.active), c.sequence.slot) for c in tick.chunks)])
+        nodes = np.concatenate([tick.nodes, *(np.full(len(c.active), c.node) for c in tick.chunks)])
+        units = paths.look("units", rows.path[owners], nodes)
+        return units == min(n.units for n in self.model.path().nodes if n.exit_to != NOWHERE and n.units)
+
+    def _signals(
+        self, tick: Tick, first_exit: npt.NDArray[np.bool_], before: Tensor, after: Tensor, batch: Batch
+    ) -> dict[str, Floats]:
         """The wanted signals, each for the tokens that want it."""
-        if not tick.wanted:
-            return {}
         at = self._places(tick)  # of the tick's tokens in the batch, which may have ghosts among them
-        first_pass = batch.token_depths[self._tensor(at)] == 0
         signals = {}
         for name, wanting in tick.wanted.items():
             index = self._tensor(at[wanting])
@@ -219,7 +252,7 @@ class TorchRunner:
             else:
                 value = self._measure(name, before, after, index, batch)
                 if name in CONVERGENCE:
-                    value = torch.where(first_pass[self._tensor(wanting)], float("nan"), value)  # nothing to compare with
+                    value = value.masked_fill(self._tensor(first_exit[wanting]), float("nan"))
             signals[name] = value.cpu().numpy()
         return signals
 
@@ -236,6 +269,7 @@ class TorchRunner:
         if name in measures.LATENT:
             size = self.model.hidden_size
             return measures.latent(name, before[index, :size], after[index, :size])
+        self._make_room(index, batch)
         logits = self.model.intermediate_logits(after, index, batch, self.pool.layers)
         if name in measures.ONE_PREDICTION:
             return measures.confidence(name, logits)

@@ -12,7 +12,7 @@ from models.paths import NOWHERE, Path
 from models.paging import PAGE, pages_for
 from serving.engine.choice import StageChooser
 from serving.engine.core import Chunk, Floats, Ints, Load, Request, Sequence, Tick
-from serving.engine.depth import AT_LEAST, DEFAULT_THRESHOLDS, SIGNALS, DepthPolicy, ExitReason
+from serving.engine.depth import AT_LEAST, DEFAULT_THRESHOLDS, SIGNALS, ExitReason
 from serving.engine.paths import PathTable
 from serving.engine.random import derive
 from serving.engine.rows import IDLE, MANY, Rows
@@ -48,6 +48,7 @@ class Scheduler:
         max_waiting: int,
         clock: Callable[[], float],
         fills: bool = False,
+        one_by_one: frozenset[str] = frozenset(),
     ):
         """`prefill_tokens` bounds the prompt tokens on their way, and so how long a tick keeps decoding rows waiting.
         `max_tokens` bounds each sequence, `budget` the growing state of all of them. Tokens begin at the `first_stage`; the `final_stages` end with the head."""
@@ -64,6 +65,7 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._clock = clock
         self._fills = fills
+        self._one_by_one = one_by_one
         self._waiting: list[tuple[int, int, Request, Path]] = []
         self._order = itertools.count()
         self._prefilling: list[Sequence] = []
@@ -259,8 +261,7 @@ class Scheduler:
     def _set_policy(self, sequence: Sequence) -> None:
         """Write the sequence's depth policy into its columns."""
         rows, slot = self.rows, sequence.slot
-        policy = sequence.request.params.depth
-        assert isinstance(policy, DepthPolicy)  # the engine has put the model's default where there was none
+        policy = sequence.request.policy
         full = self.paths[sequence.path].full_depth
         rows.path[slot] = sequence.path
         rows.signal[slot] = SIGNALS.index(policy.signal) if policy.signal else IDLE
@@ -282,7 +283,8 @@ class Scheduler:
             if id(sequence) in busy:
                 continue
             start = sequence.prefilled
-            ids = np.array(sequence.request.prompt[start : start + left], np.int64)
+            most = 1 if sequence.request.policy.signal in self._one_by_one else left
+            ids = np.array(sequence.request.prompt[start : start + most], np.int64)
             everything = np.arange(len(ids))
             reasons = np.full(len(ids), ExitReason.FULL_DEPTH, np.int64)
             self._chunks.append(Chunk(sequence, ids, start, everything, np.zeros_like(ids), reasons, np.zeros_like(ids), since=self.tick))

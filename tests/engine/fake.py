@@ -59,6 +59,7 @@ class FakeRunner:
     vocab_size: int = VOCAB
     token_capacity: int | None = None
     fills: bool = False
+    one_by_one: frozenset[str] = frozenset()
     ticks: list[tuple[int, int]] = field(default_factory=list)  # (stage, tokens)
 
     def __post_init__(self) -> None:
@@ -71,8 +72,8 @@ class FakeRunner:
     def path(self, policy: DepthPolicy) -> Path:
         return self.full
 
-    def flops(self, units: float) -> float:
-        return 1.0 + units
+    def flops(self, path: Path, units: float | None = None) -> float:
+        return 1.0 + (path.full_depth if units is None else units)
 
     def admit(self, sequence: Sequence, endings: Seq[int]) -> None:
         assert sequence.slot not in self.endings, "the slot is in service already"

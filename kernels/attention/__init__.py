@@ -26,14 +26,14 @@ from kernels.attention.naive import attention_naive
 from kernels.attention.scan import attend, attention_scan
 from kernels.attention.step_numba import attention_step_numba
 from kernels.library import define
-from kernels.pool import PADDING_SLOT, as_float32, flat
+from kernels.pool import PADDING_SLOT, FlatPool, as_float32, flat
 
 __all__ = ["attention_naive", "attention_paged", "attention_ring", "attention_scan", "attention_step"]
 
 LONG = 16
 """Tokens of a segment from which matrix products over gathered entries beat the step kernels."""
 
-_NO_TABLES = np.zeros((0, 0, 0), np.int64)
+_NO_TABLES = FlatPool(np.zeros(0, np.int64), 0, 0, 0)
 _NO_ENTRIES = np.zeros(0, np.int64)
 _EVERYTHING = 1 << 40
 
@@ -195,7 +195,8 @@ def _on_cpu(
         flat_k,
         flat_v,
         k_cache.shape[2] if tables is None else k_cache.shape[1],
-        _NO_TABLES if tables is None else tables.numpy(),
+        _NO_TABLES if tables is None else flat(tables),
+        0 if tables is None else tables.shape[2],
         flat_count.data,
         flat_count,
         slots.numpy(),

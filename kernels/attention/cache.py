@@ -36,7 +36,9 @@ def flat_cache(cache: Tensor) -> FlatCache:
         return FlatCache(*flat(cache))
     known: FlatCache | None = getattr(cache, "_fathom_flat", None)
     if known is None:
-        view = flat(cache.view(torch.int32 if cache.element_size() == 4 else torch.int16))
+        if cache.dtype is not torch.bfloat16:
+            raise ValueError(f"k, v: entries are stored as float32 or bfloat16, got {cache.dtype}")
+        view = flat(cache.view(torch.int16))
         known = FlatCache(view.data.view(np.uint16), *view[1:])
         cache._fathom_flat = known  # type: ignore[attr-defined]
     return known

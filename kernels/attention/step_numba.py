@@ -139,10 +139,13 @@ def _weigh(
 
 
 @numba.njit(nogil=True)
-def _address(cache: FlatCache, width: int, block: int, tables: Ints, slot: int, depth: int, e: int) -> int:
+def _address(
+    cache: FlatCache, width: int, block: int, tables: FlatPool, paged: bool, slot: int, depth: int, e: int
+) -> int:
     """Where entry e begins; `width` numbers an entry."""
-    if tables.shape[2] > 0:
-        page = cache.offset + tables[slot, depth, e // block] * cache.first_stride
+    if paged:
+        row = tables.offset + slot * tables.slot_stride + depth * tables.depth_stride
+        page = cache.offset + tables.data[row + e // block] * cache.first_stride
         return page + (e % block) * cache.second_stride
     return cache.offset + slot * cache.first_stride + depth * cache.second_stride + (e % block) * width
 
@@ -176,7 +179,8 @@ def _read(
     k_cache: FlatCache,
     v_cache: FlatCache,
     block: int,
-    tables: Ints,
+    tables: FlatPool,
+    paged: bool,
     slots: Ints,
     depths: Ints,
     offsets: Ints,
@@ -205,10 +209,10 @@ def _read(
         while e < end:
             if e < cached[s]:
                 run = min(RUN, end - e, cached[s] - e, block - e % block)
-                k_at = _address(k_cache, Hkv * D, block, tables, slots[s], depths[s], e)
-                v_at = _address(v_cache, Hkv * Dv, block, tables, slots[s], depths[s], e)
-                k_step = k_cache.second_stride if tables.shape[2] > 0 else Hkv * D
-                v_step = v_cache.second_stride if tables.shape[2] > 0 else Hkv * Dv
+                k_at = _address(k_cache, Hkv * D, block, tables, paged, slots[s], depths[s], e)
+                v_at = _address(v_cache, Hkv * Dv, block, tables, paged, slots[s], depths[s], e)
+                k_step = k_cache.second_stride if paged else Hkv * D
+                v_step = v_cache.second_stride if paged else Hkv * Dv
                 _score(q[t], k_cache.data, k_at, k_step, Hkv, run, scale, softcap, scores)
                 _weigh(v_cache.data, v_at, v_step, Hkv, run, scores, sums[task], norms[task])
             else:
@@ -244,7 +248,8 @@ def _append(
     data: Stored,  # the cache's flat array: numba drops stores into a tuple's member that it never sees read
     cache: FlatCache,
     block: int,
-    tables: Ints,
+    tables: FlatPool,
+    paged: bool,
     slots: Ints,
     depths: Ints,
     offsets: Ints,
@@ -256,22 +261,22 @@ def _append(
     for s in range(slots.shape[0]):
         length = offsets[s + 1] - offsets[s]
         # The first tokens of a segment longer than the ring would only be overwritten.
-        begin = max(0, length - block) if tables.shape[2] == 0 else 0
+        begin = 0 if paged else max(0, length - block)
         for i in range(begin, length if length <= limit else begin):
-            to = _address(cache, width, block, tables, slots[s], depths[s], counts[s] + i)
+            to = _address(cache, width, block, tables, paged, slots[s], depths[s], counts[s] + i)
             at = (offsets[s] + i) * width
             data[to : to + width] = flat[at : at + width]
 
 
 @numba.njit(nogil=True)
-def _outgrown(counts: Ints, offsets: Ints, entries: Ints, block: int, tables: Ints) -> int:
-    """The first segment whose entries do not fit into its table of pages, or -1."""
+def _outgrown(counts: Ints, offsets: Ints, entries: Ints, room: int) -> int:
+    """The first segment that has more than `room` entries, or -1."""
     reading = entries.shape[0] > 0
-    for s in range(counts.shape[0] if tables.shape[2] > 0 else 0):
+    for s in range(counts.shape[0]):
         top = 0 if reading else counts[s] + offsets[s + 1] - offsets[s]
         for t in range(offsets[s], offsets[s + 1] if reading else offsets[s]):
             top = max(top, entries[t] + 1)
-        if top > tables.shape[2] * block:
+        if top > room:
             return s
     return -1
 
@@ -287,7 +292,8 @@ def attention_step_numba(
     k_cache: FlatCache,
     v_cache: FlatCache,
     block: int,  # entries of the ring, or of a page
-    tables: Ints,  # [slots, depths, max_pages]; [0, 0, 0] for a ring
+    tables: FlatPool,  # [slots, depths, max_pages], int64; unused for a ring
+    max_pages: int,  # 0 for a ring
     count_data: Floats,  # the flat array of count_pool
     count_pool: FlatPool,
     slots: Ints,  # [N]
@@ -306,7 +312,8 @@ def attention_step_numba(
         if slots[s] != PADDING_SLOT:
             at = count_pool.offset + slots[s] * count_pool.slot_stride + depths[s] * count_pool.depth_stride
             counts[s] = np.int64(count_data[at])
-    outgrown = _outgrown(counts, offsets, entries, block, tables)
+    paged = max_pages > 0
+    outgrown = _outgrown(counts, offsets, entries, max_pages * block) if paged else -1
     if outgrown >= 0:
         return outgrown
 
@@ -320,14 +327,14 @@ def attention_step_numba(
     # Those that only read find everything in the cache.
     cached = counts + (2**62 if reading else 0)
     _read(
-        q, new_k, new_v, k_cache, v_cache, block, tables, slots, depths, offsets, cached,
+        q, new_k, new_v, k_cache, v_cache, block, tables, paged, slots, depths, offsets, cached,
         window, scale, softcap, segment, last, start, token, sums, norms,
     )  # fmt: skip
     _join(sums, norms, start, out)
     if reading:
         return -1
-    _append(new_k, k_data, k_cache, block, tables, slots, depths, offsets, counts, limit)
-    _append(new_v, v_data, v_cache, block, tables, slots, depths, offsets, counts, limit)
+    _append(new_k, k_data, k_cache, block, tables, paged, slots, depths, offsets, counts, limit)
+    _append(new_v, v_data, v_cache, block, tables, paged, slots, depths, offsets, counts, limit)
     for s in range(N):
         length = offsets[s + 1] - offsets[s]
         if slots[s] != PADDING_SLOT and length <= limit:

@@ -333,6 +333,9 @@ def test_a_segment_that_outgrows_its_table_is_refused() -> None:
 def test_contradictions_are_refused() -> None:
     c = case([1], [0])
     pool = torch.zeros(9, 3, 4, 2, 7), torch.zeros(9, 3, 4, 2, 5), torch.zeros(9, 3, 1)
+    halves = [x.half() for x in pool[:2]]
+    with pytest.raises(ValueError, match=r"float32 or bfloat16, got torch\.float16"):
+        attention_ring(c.q, c.k, c.v, *halves, pool[2], *c.index, scale=1.0)
     with pytest.raises(ValueError, match="window: 5 is more than the 4 entries"):
         attention_ring(c.q, c.k, c.v, *pool, *c.index, scale=1.0, window=5)
     with pytest.raises(ValueError, match="entries"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -72,6 +73,8 @@ class Checkpoint:
         self.folder = find(path_or_name)
         self.config_file = self.folder / "config.json"
         self.config: dict[str, Any] = self._json("config.json", required=True)
+        if (self.folder / "config.yaml").is_file():
+            self.config["yaml"] = self._yaml("config.yaml")
 
     def _json(self, name: str, required: bool = False) -> dict[str, Any]:
         file = self.folder / name
@@ -85,6 +88,16 @@ class Checkpoint:
             raise CheckpointError(f"{file}: not valid JSON: {error}") from None
         if not isinstance(value, dict):
             raise CheckpointError(f"{file}: must be a JSON object, got {type(value).__name__}")
+        return value
+
+    def _yaml(self, name: str) -> dict[str, Any]:
+        file = self.folder / name
+        try:
+            value = yaml.safe_load(file.read_text("utf-8"))
+        except (ValueError, yaml.YAMLError) as error:
+            raise CheckpointError(f"{file}: not valid YAML: {error}") from None
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{file}: must be a mapping, got {type(value).__name__}")
         return value
 
     def tokenizer(self) -> Tokenizer | None:
@@ -142,11 +155,13 @@ class Checkpoint:
             if isinstance(module, Parted):  # what no part fills counts as zero
                 for parameter in module.parameters(recurse=False):
                     parameter.zero_()
-        for key, opened, target in self._matched(model, names):
-            target.copy_(opened.get_tensor(key))
+        for pieces, target in self._matched(model, names):
+            tensors = [opened.get_tensor(key) for key, opened in pieces]
+            target.copy_(tensors[0] if len(tensors) == 1 else torch.cat(tensors))
 
-    def _matched(self, model: nn.Module, names: Names) -> Iterator[tuple[str, Any, Tensor]]:
-        """(tensor's name, the open file that holds it, the parameter that it fills), shapes compared."""
+    def _matched(self, model: nn.Module, names: Names) -> Iterator[tuple[list[tuple[str, Any]], Tensor]]:
+        """The tensors of the files, each with the open file that holds it, that fill a parameter one behind
+        the other; and that parameter. Shapes are compared."""
         with ExitStack() as stack:
             where: dict[str, tuple[Path, Any]] = {}
             for file in self.weight_files():
@@ -156,21 +171,27 @@ class Checkpoint:
                     raise CheckpointError(f"{file}: truncated or not safetensors: {error}") from None
                 for key in opened.keys():  # noqa: SIM118 (not a dict)
                     where[key] = file, opened
-            for key, target in checkpoint_tensors(model, names):
-                if key not in where:
-                    near = ", ".join(sorted(where)[:3])
-                    raise CheckpointError(
-                        f"{self.folder}: tensor {key} {list(target.shape)} is missing "
-                        f"(the files hold {near}, ...)"
-                    )
-                file, opened = where.pop(key)
-                shape = list(opened.get_slice(key).get_shape())
-                if shape != list(target.shape):
+            for name, target in checkpoint_tensors(model, names):
+                spellings = alternatives(name)
+                keys = next((keys for keys in spellings if all(key in where for key in keys)), spellings[0])
+                pieces, shape = [], [0]
+                for key in keys:
+                    if key not in where:
+                        near = ", ".join(sorted(where)[:3])
+                        raise CheckpointError(
+                            f"{self.folder}: tensor {key} {list(target.shape)} is missing "
+                            f"(the files hold {near}, ...)"
+                        )
+                    file, opened = where.pop(key)
+                    size, *rest = opened.get_slice(key).get_shape() or [1]
+                    pieces.append((key, opened))
+                    shape = [shape[0] + size, *rest]
+                if shape != (list(target.shape) or [1]):
                     raise CheckpointError(
                         f"{file}: tensor {key} has shape {shape}, "
                         f"the configuration asks for {list(target.shape)}"
                     )
-                yield key, opened, target
+                yield pieces, target
             spare = sorted(key for key in where if not BUFFERS.search(key) and key != "lm_head.weight")
             if spare:
                 raise CheckpointError(
@@ -179,8 +200,24 @@ class Checkpoint:
                 )
 
 
+def alternatives(name: str) -> list[list[str]]:
+    """What a name of `checkpoint_tensors` may stand for, the usual first: ``a.b|c.w`` for a.b.w or a.c.w, and
+    ``a.b+c.w`` for two tensors, one behind the other along their first dimension, whatever their sizes."""
+    spellings = [""]
+    for segment in name.split("."):
+        spellings = [f"{before}.{one}" for before in spellings for one in segment.split("|")]
+    joint: list[list[str]] = []
+    for spelling in spellings:
+        keys = [""]
+        for segment in spelling[1:].split("."):
+            keys = [f"{key}.{one}" for key in keys for one in segment.split("+")]
+        joint.append([key[1:] for key in keys])
+    return joint
+
+
 def checkpoint_tensors(model: nn.Module, names: Names) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter, or part of one, with its name in the checkpoint: ours with the family's changes."""
+    """Each parameter, or part of one, with its name in the checkpoint (see `alternatives`): ours with the
+    family's changes."""
     substitutions = [(re.compile(pattern), replacement) for pattern, replacement in names]
     paths: dict[str, str] = {"": ""}  # path here -> path there, before the substitutions
     for path, module in model.named_modules():
@@ -199,10 +236,18 @@ def checkpoint_tensors(model: nn.Module, names: Names) -> Iterator[tuple[str, Te
 def save(folder: Path, model: nn.Module, names: Names, config: Mapping[str, Any], dtype: torch.dtype) -> None:
     """Write config.json and model.safetensors, in the format that `Checkpoint` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        key: part.detach().to("cpu", dtype).contiguous().clone()
-        for key, part in checkpoint_tensors(model, names)
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, part in checkpoint_tensors(model, names):
+        keys = alternatives(name)[0]
+        pieces = (
+            part.detach().to("cpu", dtype).chunk(len(keys))
+            if len(keys) > 1
+            else [part.detach().to("cpu", dtype)]
+        )
+        tensors |= {key: piece.contiguous().clone() for key, piece in zip(keys, pieces, strict=True)}
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    config = dict(config)
+    if "yaml" in config:
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.pop("yaml"), sort_keys=False), "utf-8")
     text = json.dumps({**config, "torch_dtype": str(dtype).removeprefix("torch.")}, indent=2)
     (folder / "config.json").write_text(text + "\n", "utf-8")

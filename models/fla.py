@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig, one_of
 from models.decoder import Block, Decoder, Mixer
-from models.layers import GatedMLP, Linear, RMSNorm
+from models.layers import GatedMLP, Linear, RMSNorm, Rotary
+from models.mixers.attention import Attention
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
@@ -24,6 +25,19 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 """By the names that they have in that library."""
 
 Mixers = Callable[[int], Mixer]  # index of a layer -> its mixer
+
+
+class AttentionSpec(pydantic.BaseModel):
+    """Softmax attention in place of the family's own mixer, at some layers."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    layers: tuple[int, ...]
+    num_heads: int = pydantic.Field(gt=0)
+    num_kv_heads: int | None = pydantic.Field(None, gt=0)
+    qkv_bias: bool = False
+    window_size: int | None = pydantic.Field(None, gt=0)
+    rope_theta: float = pydantic.Field(10000.0, gt=0)
 
 
 class FLAConfig(ModelConfig):
@@ -46,7 +60,7 @@ class FLAConfig(ModelConfig):
     intermediate_size: int | None = pydantic.Field(None, gt=0)
     hidden_act: str = "swish"
     norm_eps: float = 1e-6
-    attn: None = None
+    attn: AttentionSpec | tuple[AttentionSpec, ...] | None = None
     attnres_block_size: None = None
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
@@ -55,6 +69,26 @@ class FLAConfig(ModelConfig):
     @classmethod
     def _gated(cls, name: str) -> str:
         return one_of(name, ("swish", "silu"))
+
+    @pydantic.model_validator(mode="after")
+    def _attention(self) -> Self:
+        seen = [layer for spec in self.attention for layer in spec.layers]
+        if len(seen) != len(set(seen)) or not all(0 <= i < self.num_hidden_layers for i in seen):
+            raise ValueError(
+                f"attn.layers = {seen}: each of the {self.num_hidden_layers} layers at most once"
+            )
+        for spec in self.attention:
+            heads, shared = spec.num_heads, spec.num_kv_heads or spec.num_heads
+            if self.hidden_size % heads or heads % shared or self.hidden_size // heads % 2:
+                raise ValueError(
+                    f"attn: num_heads = {heads} must be a multiple of num_kv_heads = {shared}, and cut "
+                    f"hidden_size = {self.hidden_size} into heads of even width"
+                )
+        return self
+
+    @property
+    def attention(self) -> tuple[AttentionSpec, ...]:
+        return (self.attn,) if isinstance(self.attn, AttentionSpec) else self.attn or ()
 
     @property
     def mlp_size(self) -> int:
@@ -116,13 +150,35 @@ def divided(c: ModelConfig, name: str, heads: int) -> None:
         raise ValueError(f"hidden_size = {c.hidden_size} must be a multiple of {name} = {heads}")
 
 
+def hybrid(c: FLAConfig, mixer: Mixers) -> Mixers:
+    """The mixer of each layer: attention where the configuration has it, the family's own elsewhere."""
+    by_layer = {layer: spec for spec in c.attention for layer in spec.layers}
+
+    def of(layer: int) -> Mixer:
+        if layer not in by_layer:
+            return mixer(layer)
+        spec = by_layer[layer]
+        dim = c.hidden_size // spec.num_heads
+        return Attention(
+            c.hidden_size,
+            spec.num_heads,
+            spec.num_kv_heads or spec.num_heads,
+            dim,
+            rotary=Rotary(dim, spec.rope_theta),
+            window=spec.window_size,
+            qkv_bias=spec.qkv_bias,
+        )
+
+    return of
+
+
 def decoder(c: FLAConfig, mixer: Mixers) -> Decoder:
     """Blocks of norm, mixer, norm, gated MLP between embedding, final norm and head."""
-    D = c.hidden_size
+    D, mixers = c.hidden_size, hybrid(c, mixer)
     blocks = [
         Block(
             RMSNorm(D, c.norm_eps),
-            mixer(i),
+            mixers(i),
             RMSNorm(D, c.norm_eps),
             GatedMLP(D, c.mlp_size, c.hidden_act),
         )

@@ -51,6 +51,23 @@ class RMSNorm(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class OffsetRMSNorm(RMSNorm):
+    """x / rms(x) * (1 + weight), in float32: a weight of zeros leaves the scale alone."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__(size, eps)
+        self._scale: Tensor | None = None
+
+    def prepare(self) -> None:
+        assert self.weight is not None
+        self._scale = 1 + self.weight.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        scale = 1 + self.weight.float() if self._scale is None else self._scale
+        return F.rms_norm(x.float(), self.size, scale, self.eps).to(x.dtype)
+
+
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum x^2 + eps) over the last dimension, in float32."""
     size = x.shape[-1]

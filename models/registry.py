@@ -9,6 +9,7 @@ from models.decoder import Decoder
 from models.errors import ConfigError
 
 FAMILIES: Mapping[str, str] = {
+    "MoRLlamaForCausalLM": "models.depth.mor",  # an architecture: its model_type is that of its base
     "delta_net": "models.mixers.delta_net",
     "falcon_mamba": "models.mixers.falcon_mamba",
     "gated_deltanet": "models.mixers.gated_deltanet",
@@ -23,11 +24,15 @@ FAMILIES: Mapping[str, str] = {
     "mamba": "models.mixers.mamba",
     "mamba2": "models.mixers.mamba2",
     "ouro": "models.depth.ouro",
+    "olmo_hybrid": "models.mixers.olmo_hybrid",
+    "qwen3_next": "models.mixers.qwen3_next",
+    "recurrent_gemma": "models.mixers.recurrent_gemma",
     "recursive": "models.depth.recursive",
     "retnet": "models.mixers.retnet",
     "rwkv": "models.mixers.rwkv4",
     "rwkv6": "models.mixers.rwkv6",
     "rwkv7": "models.mixers.rwkv7",
+    "samba": "models.mixers.samba",
     "xlstm": "models.mixers.xlstm",
 }
 
@@ -40,7 +45,8 @@ class Family(Protocol):
 
 def family(raw: dict[str, Any], file: object) -> Family:
     """The module that hosts a parsed config.json. Raises ConfigError for a `model_type` that none does."""
-    model_type = raw.get("model_type")
+    architectures = raw.get("architectures") or [None]
+    model_type = architectures[0] if architectures[0] in FAMILIES else raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(file, "model_type", model_type, f"must be one of {', '.join(sorted(FAMILIES))}")
     return cast("Family", importlib.import_module(FAMILIES[model_type]))

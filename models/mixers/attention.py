@@ -1,5 +1,5 @@
-"""Softmax attention: grouped heads, rotary positions, full or over a sliding window. The mixer of Llama-shaped
-transformers, and of the attention layers of hybrids."""
+"""Softmax attention: grouped heads, rotary positions, full or over a sliding window. The mixer of
+Llama-shaped transformers, and of the attention layers of hybrids."""
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from models.state import LayerLeaves, LayerState, Leaf, PagedLeaf, pool_of
 class Attention(Mixer):
     """o = softmax(q k^T scale) v over all tokens so far, or over the last `window` of them.
 
-    Full attention keeps an entry of keys and values for every token, in pages; a window keeps a ring of constant size.
+    Full attention keeps an entry of keys and values for every token, in pages; a window keeps a ring of
+    constant size.
     """
 
     def __init__(
@@ -34,7 +35,8 @@ class Attention(Mixer):
         softcap: float | None = None,
         scale: float | None = None,
     ):
-        """The norms are applied before the rotation: to each head, or (`norm_heads` False) to all of them as one."""
+        """The norms are applied before the rotation: to each head, or (`norm_heads` False) to all of them as
+        one."""
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.rotary, self.window, self.softcap = rotary, window, softcap
@@ -43,7 +45,9 @@ class Attention(Mixer):
         self.qkv = Packed(hidden, parts, bias=qkv_bias)
         self.o_proj = Linear(heads * head_dim, hidden, bias=out_bias)
         self.q_norm, self.k_norm, self.norm_heads = q_norm, k_norm, norm_heads
-        self.shared = False  # all depths of a looped model read what the first one wrote (recursive KV sharing)
+        self.shared = (
+            False  # all depths of a looped model read what the first one wrote (recursive KV sharing)
+        )
 
     def leaves(self) -> LayerLeaves:
         entry = (self.kv_heads, self.head_dim)
@@ -69,6 +73,10 @@ class Attention(Mixer):
         """x [T, hidden] -> q [T, heads, head_dim], k and v [T, kv_heads, head_dim], normed and rotated."""
         q, k, v = self.qkv(x)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+        return self.prepared(q, k, v, positions)
+
+    def prepared(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v by head -> the same, normed and rotated."""
         q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
         if self.rotary is not None:
             q, k = self.rotary(q, positions), self.rotary(k, positions)
@@ -79,15 +87,17 @@ class Attention(Mixer):
     ) -> Tensor:
         """Append k and v, and read. Without them: read what is stored, up to each token's own position."""
         entries = None if k is not None else batch.positions
-        leaves = pool_of(state, "k"), pool_of(state, "v")
-        count, options = pool_of(state, "count"), {"scale": self.scale, "softcap": self.softcap}
+        leaves, count = (pool_of(state, "k"), pool_of(state, "v")), pool_of(state, "count")
+        scale, softcap = self.scale, self.softcap
         if self.window is not None:
             return attention_ring(
-                q, k, v, *leaves, count, *batch.index, window=self.window, entries=entries, **options
-            )
+                q, k, v, *leaves, count, *batch.index,
+                scale=scale, softcap=softcap, window=self.window, entries=entries,
+            )  # fmt: skip
         return attention_paged(
-            q, k, v, *leaves, pool_of(state, "tables"), count, *batch.index, entries=entries, **options
-        )
+            q, k, v, *leaves, pool_of(state, "tables"), count, *batch.index,
+            scale=scale, softcap=softcap, entries=entries,
+        )  # fmt: skip
 
     def _normed(self, norm: nn.Module | None, x: Tensor) -> Tensor:
         if norm is None:

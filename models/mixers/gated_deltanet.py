@@ -128,7 +128,9 @@ class GatedDeltaNet(GatedDeltaRule):
         conv_size: int | None,
         neg_eigval: bool = False,
         gate: Literal["swish", "silu", "sigmoid"] | None = "swish",
+        fused_conv: bool = False,
     ):
+        """With `fused_conv` the convolutions over q, k and v are one, wherever a checkpoint cuts it."""
         super().__init__(heads, value_heads, K, V, norm_eps, neg_eigval)
         parts = dict(zip(("q_proj", "k_proj", "v_proj"), self.qkv, strict=True))
         parts |= {"a_proj": value_heads, "b_proj": value_heads}
@@ -137,9 +139,11 @@ class GatedDeltaNet(GatedDeltaRule):
         self.in_proj = Packed(hidden, parts)
         self.gate = torch.sigmoid if gate == "sigmoid" else F.silu
         if conv_size is not None:
-            self.conv = ShortConv(
-                dict(zip(("q_conv1d", "k_conv1d", "v_conv1d"), self.qkv, strict=True)), conv_size
+            names = ("q_conv1d", "k_conv1d", "v_conv1d")
+            convolved = (
+                {"+".join(names): sum(self.qkv)} if fused_conv else dict(zip(names, self.qkv, strict=True))
             )
+            self.conv = ShortConv(convolved, conv_size)
         self.o_proj = Linear(value_heads * V, hidden, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -11,15 +11,7 @@ from models.decoder import Block, Decoder
 from models.depth.nested import NestedDecoder
 from models.layers import GatedMLP, Linear, RMSNorm, Rotary
 from models.mixers.attention import Attention
-
-
-class RopeParameters(pydantic.BaseModel):
-    """How positions become angles. Scaled variants are not supported."""
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="ignore")
-
-    rope_type: Literal["default"] = "default"
-    rope_theta: float = pydantic.Field(10000.0, gt=0)
+from models.rope import RopeParameters, with_rope
 
 
 class Config(ModelConfig):
@@ -34,19 +26,13 @@ class Config(ModelConfig):
     mlp_bias: bool = False
     pretraining_tp: Literal[1] = 1
     exits: tuple[int, ...] = ()  # layers after which a token may leave; the last layer is one always
-    skipped: Literal["absent", "propagate"] = "propagate"  # what later tokens see at the layers that a token skipped
+    skipped: Literal["absent", "propagate"] = (
+        "propagate"  # what later tokens see at the layers that a token skipped
+    )
 
     aliases: ClassVar[dict[str, str]] = {}
 
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _older_rope(cls, raw: Any) -> Any:
-        """Configurations before transformers 5 have `rope_theta` and `rope_scaling` side by side."""
-        if not isinstance(raw, dict) or raw.get("rope_parameters"):
-            return raw
-        scaling = raw.get("rope_scaling") or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        return {**raw, "rope_parameters": {"rope_type": kind, "rope_theta": raw.get("rope_theta", 10000.0)}}
+    _rope = pydantic.model_validator(mode="before")(with_rope())
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -54,12 +40,16 @@ class Config(ModelConfig):
             heads = f"num_attention_heads = {self.num_attention_heads}"
             raise ValueError(f"{heads} must be a multiple of num_key_value_heads = {self.kv_heads}")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size must be a multiple of num_attention_heads = {self.num_attention_heads}")
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads = {self.num_attention_heads}"
+            )
         if self.dim % 2:
             raise ValueError(f"head_dim = {self.dim} must be even")
         inside = all(0 < e <= self.num_hidden_layers for e in self.exits)
         if not inside or list(self.exits) != sorted(set(self.exits)):
-            raise ValueError(f"exits = {list(self.exits)} must rise, from 1 to num_hidden_layers = {self.num_hidden_layers}")
+            raise ValueError(
+                f"exits = {list(self.exits)} must rise, from 1 to num_hidden_layers = {self.num_hidden_layers}"
+            )
         return self
 
     @property
@@ -84,7 +74,9 @@ def block(c: Config) -> Block:
         out_bias=c.attention_bias,
     )
     mlp = GatedMLP(c.hidden_size, c.intermediate_size, c.hidden_act, bias=c.mlp_bias)
-    return Block(RMSNorm(c.hidden_size, c.rms_norm_eps), attention, RMSNorm(c.hidden_size, c.rms_norm_eps), mlp)
+    return Block(
+        RMSNorm(c.hidden_size, c.rms_norm_eps), attention, RMSNorm(c.hidden_size, c.rms_norm_eps), mlp
+    )
 
 
 def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:
@@ -95,7 +87,9 @@ def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:
         RMSNorm(c.hidden_size, c.rms_norm_eps),
         None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size, bias=False),
     )
-    return c, NestedDecoder(*parts, exits=c.exits, fills=c.skipped == "propagate") if c.exits else Decoder(*parts)
+    return c, NestedDecoder(*parts, exits=c.exits, fills=c.skipped == "propagate") if c.exits else Decoder(
+        *parts
+    )
 
 
 NAMES = (

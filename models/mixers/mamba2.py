@@ -125,7 +125,8 @@ def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:
 
 
 NAMES = (
-    (r"^(embeddings|layers)\.", r"backbone.\1."),
+    (r"^embeddings\.", "backbone.embeddings|embedding."),
+    (r"^layers\.", "backbone.layers."),
     (r"^norm\.", "backbone.norm_f."),
     (r"\.mixer_norm\.", ".norm."),
 )

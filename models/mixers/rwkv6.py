@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kernels.outer import outer
 from models.batch import Batch
 from models.decoder import Block, Decoder, Mixer
-from models.fla import ACTIVATIONS, HeadsConfig, activation
+from models.fla import ACTIVATIONS, HeadsConfig, activation, hybrid
 from models.layers import GroupNorm, Linear, saved_as
 from models.mixers.tokenshift import TokenShift
 from models.state import LayerLeaves, LayerState, Leaf, pool_of
@@ -54,8 +54,10 @@ class RWKV6(Mixer):
         self.x_down = saved_as("x_proj.0", Lerp(D, 5 * R))
         self.x_up = saved_as("x_proj.2", Linear(5 * R, D, bias=False))
         self.x_bias = nn.Parameter(torch.empty(5, D))
-        self.r_proj, self.k_proj = (Linear(D, H * K, bias=False) for _ in range(2))
-        self.v_proj, self.g_proj = (Linear(D, H * V, bias=False) for _ in range(2))
+        self.r_proj = saved_as("r_proj.linear", Linear(D, H * K, bias=False))
+        self.k_proj = saved_as("k_proj.linear", Linear(D, H * K, bias=False))
+        self.v_proj = saved_as("v_proj.linear", Linear(D, H * V, bias=False))
+        self.g_proj = saved_as("g_proj.linear", Linear(D, H * V, bias=False))
         self.w_down = saved_as("w_proj.linear.lora.0", Linear(D, c.gate_low_rank_dim, bias=False))
         self.w_up = saved_as("w_proj.linear.lora.2", Linear(c.gate_low_rank_dim, H * K))
         self.bonus = nn.Parameter(torch.empty(H, K))
@@ -130,8 +132,9 @@ def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:
     def norm() -> nn.Module:
         return nn.LayerNorm(D, c.norm_eps, bias=c.norm_bias)
 
+    mixers = hybrid(c, lambda i: RWKV6(c))
     blocks = [
-        Block(norm(), RWKV6(c), norm(), ChannelMix(c), pre_norm=norm() if c.norm_first and i == 0 else None)
+        Block(norm(), mixers(i), norm(), ChannelMix(c), pre_norm=norm() if c.norm_first and i == 0 else None)
         for i in range(c.num_hidden_layers)
     ]
     head = None if c.tie_word_embeddings else Linear(D, c.vocab_size, bias=False)
@@ -142,7 +145,6 @@ NAMES = (
     (r"^(embeddings|layers|norm)\.", r"model.\1."),
     (r"\.mixer_norm\.", ".attn_norm."),
     (r"\.mlp_norm\.", ".ffn_norm."),
-    (r"\.mixer\.([rkvg]_proj)\.", r".mixer.\1.linear."),
     (r"\.mixer\.", ".attn."),
     (r"\.mlp\.", ".ffn."),
 )

@@ -12,7 +12,7 @@ from models.batch import Batch
 from models.decoder import Block, Decoder, Mixer
 from models.fla import ACTIVATIONS, FLAConfig, activation, divided
 from models.layers import GroupNorm, Linear, Packed, l2norm, saved_as
-from models.mixers.rwkv6 import NAMES as RWKV6_NAMES
+from models.mixers.rwkv6 import NAMES
 from models.mixers.tokenshift import Shares, TokenShift
 from models.state import LayerLeaves, LayerState, Leaf, pool_of
 
@@ -34,6 +34,7 @@ class Config(FLAConfig):
     norm_bias: bool = True
     norm_eps: float = 1e-5
     fuse_norm: bool = True
+    attn: None = None  # its blocks cannot hold any
 
     @pydantic.field_validator("hidden_act")
     @classmethod
@@ -203,6 +204,3 @@ def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:
     ]
     head = None if c.tie_word_embeddings else Linear(D, c.vocab_size, bias=False)
     return c, RWKV7Decoder(nn.Embedding(c.vocab_size, D), blocks, norm(), head, values=c.values)
-
-
-NAMES = tuple(pair for pair in RWKV6_NAMES if "linear" not in pair[1])

@@ -51,6 +51,16 @@ CASES: dict[str, dict[str, Any]] = {
     "kda": {"num_heads": 3, "head_dim": 6, "expand_v": 1.5},
     "kda-bounded": {"num_heads": 2, "num_v_heads": 4, "head_dim": 5, "lower_bound": -2.5, "safe_gate": True,
                     "allow_neg_eigval": True, "use_short_conv": False, "tie_word_embeddings": True},
+    "gla-hybrid": {"num_heads": 3, "num_hidden_layers": 3,
+                   "attn": {"layers": [1], "num_heads": 3, "qkv_bias": True, "num_kv_heads": 1, "window_size": 5}},
+    "gated_deltanet-hybrid": {"num_heads": 3, "head_dim": 6, "num_hidden_layers": 3, "hidden_size": 32,
+                              "attn": [{"layers": [2], "num_heads": 2},
+                                       {"layers": [0], "num_heads": 4, "window_size": 50, "rope_theta": 99.0}]},
+    "hgrn2-hybrid": {"expand_ratio": 6, "attn": {"layers": [0], "num_heads": 5}},
+    "rwkv6-hybrid": {"num_heads": 5, "attn": {"layers": [1], "num_heads": 5, "window_size": 3}},
+    "samba": {"hidden_size": 36, "state_size": 3, "hidden_ratio": 2, "intermediate_size": 22},
+    "samba-attn": {"state_size": 5, "num_hidden_layers": 3, "use_bias": True, "tie_word_embeddings": True,
+                   "attn": {"layers": [0, 2], "num_heads": 5, "num_kv_heads": 1, "window_size": 4}},
     "gsa": {"num_heads": 5, "num_slots": 7, "gate_logit_normalizer": 3},
     "gsa-grouped": {"num_heads": 6, "num_kv_heads": 2, "num_slots": None, "use_short_conv": True,
                     "conv_size": 2, "feature_map": "t2r", "elementwise_affine": False,
@@ -105,6 +115,7 @@ CONFIGS = {
     "retnet": "RetNetConfig",
     "rwkv6": "RWKV6Config",
     "rwkv7": "RWKV7Config",
+    "samba": "SambaConfig",
 }
 
 
@@ -113,6 +124,7 @@ DERIVED = {
     "hgrn2": frozenset({"num_heads"}),
     "mamba2": frozenset({"num_heads", "n_groups", "bos_token_id"}),
     "rwkv7": frozenset({"num_heads", "value_dim"}),
+    "samba": frozenset({"attn", "hidden_act", "intermediate_size", "time_step_rank"}),
 }
 
 

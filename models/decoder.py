@@ -238,6 +238,14 @@ class Decoder(nn.Module):
         if stage not in self._flops:
             part = self.stages[stage]
             blocks = [self.blocks[i] for i in part.layers]
-            layers = sum(2 * sum(p.numel() for p in b.parameters()) + b.flops() for b in blocks)
+            layers = sum(2 * _weights_of_a_token(b) + b.flops() for b in blocks)
             self._flops[stage] = layers + (2 * self.vocab_size * self.hidden_size if part.head else 0)
         return self._flops[stage]
+
+
+def _weights_of_a_token(module: nn.Module) -> int:
+    """Parameters that one token meets on its way through a module; of those that differ by depth, one depth's."""
+    if hasattr(module, "parameters_of_one_depth"):
+        return cast("int", module.parameters_of_one_depth)
+    own = sum(p.numel() for p in module.parameters(recurse=False))
+    return own + sum(_weights_of_a_token(child) for child in module.children())

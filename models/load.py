@@ -60,7 +60,7 @@ def load(
 
 def prepare(model: nn.Module) -> None:
     """Let every module that has a `prepare` compute what follows from its weights, which are final now."""
-    for module in model.modules():
+    for module in reversed(list(model.modules())):  # the parts before the whole
         if hasattr(module, "prepare"):
             cast("Callable[[], None]", module.prepare)()
 

@@ -36,6 +36,7 @@ class Loop:
     sequence: bool = False  # each layer of the core is repeated before the next one
     norm_each: bool = False  # the final norm runs after every pass, and not again before the head
     gate: bool = False  # an exit gate looks at the token after every pass
+    entry: bool = False  # a token may leave before its first pass
 
 
 class LoopedDecoder(Decoder):
@@ -58,18 +59,21 @@ class LoopedDecoder(Decoder):
         self.token_depths = TokenDepths()
         end = len(layers) - loop.coda
         core = range(loop.prelude, end)
-        prelude = [Stage("prelude", range(loop.prelude))] if loop.prelude else []
+        prelude = [Stage("prelude", range(loop.prelude))] if loop.prelude or loop.entry else []
         cores = [Stage(f"core {i}", range(i, i + 1)) for i in core] if loop.sequence else [Stage("core", core)]
         self.stages = (*prelude, *cores, Stage("coda", range(end, len(layers)), head=True))
         self.cores = range(len(prelude), len(prelude) + len(cores))
         if loop.gate:
             self.early_exit_gate = Linear(embeddings.embedding_dim, 1)
             self.signals = {"gate": embeddings.embedding_dim + 1}
-        if loop.skipped == "shared":
-            for i in core:
-                for module in self.layers[i].modules():
-                    if isinstance(module, Attention):
-                        module.shared = True
+        self.share_entries()
+
+    def share_entries(self) -> None:
+        """Where the depths share their entries, let the attention of the core know."""
+        core = [self.layers[i] for stage in self.cores for i in self.stages[stage].layers]
+        for module in (m for layer in core for m in layer.modules()):
+            if isinstance(module, Attention):
+                module.shared = self.loop.skipped == "shared"
 
     # What kinds of looped models differ in.
 
@@ -105,10 +109,6 @@ class LoopedDecoder(Decoder):
         """What the coda begins with."""
         return x
 
-    def skips_core(self) -> bool:
-        """Whether a token may leave before its first pass."""
-        return False
-
     # What they have in common.
 
     @property
@@ -119,7 +119,7 @@ class LoopedDecoder(Decoder):
     def path(self) -> Path:
         passes = self.loop.depths
         coda = self.cores[0] + len(self.cores) * passes
-        nodes = [Node(s, exit_to=coda if self.skips_core() else NOWHERE) for s in range(self.cores[0])]
+        nodes = [Node(s, exit_to=coda if self.loop.entry else NOWHERE) for s in range(self.cores[0])]
         for number, stage in enumerate(self.cores, 1):
             for depth in range(passes):
                 if not self.loop.sequence:
@@ -159,6 +159,13 @@ class LoopedDecoder(Decoder):
 
     def logits(self, rows: Tensor) -> Tensor:
         return self.head(rows if self.loop.norm_each else self.norm(rows))
+
+    def intermediate_logits(
+        self, rows: Tensor, index: Tensor, batch: Batch, states: Sequence[LayerState] | None
+    ) -> Tensor:
+        rows = rows[index]
+        x, rest = rows[:, : self.hidden_size], rows[:, self.hidden_size : self.hidden_size + self.rest]
+        return self.logits(self.end(x, rest))
 
     def _pass(
         self, stage: int, rows: Tensor, x: Tensor, rest: Tensor, batch: Batch, states: Sequence[LayerState] | None

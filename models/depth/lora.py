@@ -33,6 +33,10 @@ class DepthLora(nn.Module):
         self.scale = scale
         self._depths = token_depths
 
+    @property
+    def parameters_of_one_depth(self) -> int:
+        return (self.A.numel() + self.B.numel()) // len(self.A)
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [T, in] -> what each part adds, [T, size of the part]."""
         out, at = [], 0

@@ -220,7 +220,8 @@ def checkpoint_tensors(model: nn.Module, names: Names) -> Iterator[tuple[str, Te
     family's changes."""
     substitutions = [(re.compile(pattern), replacement) for pattern, replacement in names]
     paths: dict[str, str] = {"": ""}  # path here -> path there, before the substitutions
-    for path, module in model.named_modules():
+    # A module that serves in several places is in the checkpoint under each of its names.
+    for path, module in model.named_modules(remove_duplicate=False):
         above, _, own = path.rpartition(".")
         if path:
             paths[path] = f"{paths[above]}{getattr(module, 'saved_as', own)}."

@@ -172,7 +172,7 @@ class ExpertChoice(MixtureOfRecursions):
         super().__init__(c, y, entry=y.capacities[0] < 1)
         assert y.mor.expert is not None
         self.expert = y.mor.expert
-        self.everyone = [share >= 1 for share in y.capacities]  # recursions that take all tokens
+        self.shares = y.capacities
         router = y.recursive.num_recursion, c.hidden_size, 1, y.mor.router_type != "linear"
         self.routers = Routers("routers", *router)
         self.aux_routers = Routers("aux_routers", *router) if self.expert.sampling == "aux_router" else None
@@ -198,7 +198,7 @@ class ExpertChoice(MixtureOfRecursions):
         """[T, 2]: the logit for the recursion that a token stands before, and 1 where it is not to enter it."""
         logit = self.routers(x / self.mor.temp, recursion)
         judge = logit if self.aux_routers is None else self.aux_routers(x, recursion)
-        enters = (judge >= 0) | torch.tensor(self.everyone, device=x.device)[recursion][:, None]
+        enters = (judge >= 0) | torch.tensor([s >= 1 for s in self.shares], device=x.device)[recursion][:, None]
         return torch.cat([logit, (~enters).to(x.dtype)], -1)
 
 

@@ -30,8 +30,12 @@ class PerDepth(nn.Module):
         if all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True)):
             self.copies = nn.ModuleList([self.copies[0]])
 
+    def tie(self) -> None:
+        """Share the first copy between all depths, for training."""
+        self.copies = nn.ModuleList([self.copies[0]] * len(self.copies))
+
     def forward(self, x: Tensor, *args: Any) -> Tensor:
-        if len(self.copies) == 1:
+        if self.copies[0] is self.copies[-1]:
             return cast("Tensor", self.copies[0](x, *args))
         depths = self._depths.value
         present = depths.unique().tolist()

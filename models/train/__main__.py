@@ -10,6 +10,7 @@ import typer
 from tokenizers import Tokenizer
 
 from models.checkpoint import ZOO, save
+from models.depth.per_depth import PerDepth
 from models.load import pick_device
 from models.registry import family, names
 from models.train import corpus, data
@@ -28,6 +29,9 @@ def make(recipe: Recipe, texts: corpus.Corpus) -> None:
     tokens = data.encoded(texts.training, tokenizer, RUNS / "corpus.npy")
     host = family(recipe.config, recipe.name)
     config, model = host.build(recipe.config, recipe.name)
+    for module in model.modules():
+        if isinstance(module, PerDepth):
+            module.tie()
     initialise(model, recipe.seed)
     model.to(pick_device("auto"))
     print(f"{recipe.name}: {model.parameter_count():,} parameters, {len(tokens):,} tokens of training text")

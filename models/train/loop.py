@@ -18,13 +18,10 @@ from torch import Tensor, nn
 from models.batch import Batch
 from models.decoder import Decoder
 from models.train.data import crops
+from models.train.objectives import next_token
 
-Objective = Callable[[Decoder, Tensor, Tensor, Batch], Tensor]
-"""(model, ids, targets, batch) -> the loss to descend, in nats per token."""
-
-
-def next_token(model: Decoder, ids: Tensor, targets: Tensor, batch: Batch) -> Tensor:
-    return nn.functional.cross_entropy(model(ids, batch), targets)
+Objective = Callable[[Decoder, Tensor, Tensor, Batch, int], Tensor]
+"""(model, ids, targets, batch, step) -> the loss to descend, in nats per token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +47,8 @@ def initialise(model: Decoder, seed: int) -> None:
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             scale = 0.02 / math.sqrt(2 * len(model.layers)) if into_residual else 0.02
             nn.init.normal_(parameter, std=scale)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
 
 
 class Optimiser:
@@ -111,7 +110,7 @@ def train(model: Decoder, recipe: Recipe, tokens: npt.NDArray[np.uint16], folder
                 x.to(model.device) for x in crops(tokens, recipe.seed, step, recipe.sequences, recipe.length)
             )
             with mixed:
-                loss = recipe.objective(model, ids, targets, batch)
+                loss = recipe.objective(model, ids, targets, batch, step)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step(step)

@@ -1,6 +1,9 @@
 """The models of the zoo."""
 
+from typing import Any
+
 from models.train.loop import Recipe
+from models.train.objectives import every_exit, gated_loops, picked_tokens
 
 VOCABULARY = 4096
 
@@ -26,4 +29,74 @@ GLA = Recipe(
     steps=2500,
 )
 
-RECIPES = {recipe.name: recipe for recipe in (GLA,)}
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "max_position_embeddings": 2048,
+}
+
+SORTED = Recipe(
+    "sorted",
+    {
+        **LLAMA,
+        "hidden_size": 224,
+        "intermediate_size": 672,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "head_dim": 56,
+        "exits": [2, 4, 6],
+    },
+    objective=every_exit,
+    steps=1500,
+)
+
+MOR = Recipe(
+    "mor",
+    {
+        **LLAMA,
+        "architectures": ["MoRLlamaForCausalLM"],
+        "hidden_size": 192,
+        "intermediate_size": 576,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "head_dim": 48,
+        "yaml": {
+            "recursive": {"enable": True, "num_recursion": 3, "sharing": "middle_cycle"},
+            "kv_sharing": {"enable": False},
+            "mor": {
+                "enable": True,
+                "type": "expert",
+                "router_type": "linear",
+                "temp": 1.0,
+                "expert": {"router_func": "sigmoid", "alpha": 0.1, "sampling": "aux_loss", "gating": "weighted"},
+            },
+        },
+    },
+    objective=picked_tokens,
+    steps=1500,
+)
+
+LOOPED_GLA = Recipe(
+    "looped-gla",
+    {
+        "model_type": "recursive",
+        "base": GLA.config,
+        "sharing": "middle_cycle",
+        "num_recursions": 3,
+        "skipped": "absent",
+        "exit_gate": True,
+        "default_depth": "gate(0.5)",
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    objective=gated_loops,
+    steps=1500,
+)
+
+RECIPES = {recipe.name: recipe for recipe in (GLA, MOR, SORTED, LOOPED_GLA)}

@@ -15,9 +15,10 @@ from kernels.pool import as_float32, flat
 
 __all__ = ["KINDS", "cell", "cell_naive", "cell_scan", "cell_step"]
 
-LARGE_GPU = 64
-"""Head width beyond which a head's matrices do not fit into a multiprocessor's shared memory."""
+WIDE = 64
+"""Head width beyond which a head's matrices do not fit into a multiprocessor's shared memory, on a GPU."""
 WARPS = 8
+WIDE_BLOCKS = {"BLOCK_D": 64, "BLOCK_K": 32}
 
 
 def cell(
@@ -140,22 +141,21 @@ def _on_gpu(
 ) -> Tensor:
     import triton
 
-    from kernels.cell.step_triton import cell_step_kernel
+    from kernels.cell.step_triton import cell_step_kernel, cell_wide_kernel
 
     G, H, D, _ = R.shape
-    if D > LARGE_GPU:
-        out, state = cell_scan(kind, wx, R, bias, pool[slots, depths], offsets)
-        pool[slots, depths] = state
-        return out.to(wx.dtype)
     N, block_n = slots.shape[0], 16
-    out = wx.new_empty(wx.shape[0], H, D)
-    cell_step_kernel[(triton.cdiv(N, block_n), H)](
+    out = wx.new_empty(wx.shape[0], H, D, dtype=torch.float32)  # h itself, of which later tokens are made
+    wide = D > WIDE
+    kernel = cell_wide_kernel if wide else cell_step_kernel
+    blocks = WIDE_BLOCKS if wide else {"BLOCK_D": max(16, triton.next_power_of_2(D))}
+    kernel[(triton.cdiv(N, block_n), H)](
         wx.contiguous(), R.contiguous(), R if bias is None else bias.contiguous(), pool,
         slots, depths, offsets, out, N, pool.stride(0), pool.stride(1),
-        H=H, D=D, G=G, BLOCK_N=block_n, BLOCK_D=max(16, triton.next_power_of_2(D)),
-        KIND=KINDS[kind].code, BIAS=bias is not None, num_warps=WARPS,
+        H=H, D=D, G=G, BLOCK_N=block_n, **blocks, KIND=KINDS[kind].code, BIAS=bias is not None,
+        num_warps=WARPS,
     )  # fmt: skip
-    return out
+    return out.to(wx.dtype)
 
 
 def _shape_only(

@@ -37,8 +37,20 @@ def _with(choice, *args):  # type: ignore[no-untyped-def]
         ops._in_step = kept
 
 
+def _wide(*args):  # type: ignore[no-untyped-def]
+    kept, ops.WIDE, blocks = ops.WIDE, 0, dict(ops.WIDE_BLOCKS)
+    ops.WIDE_BLOCKS.update(BLOCK_D=4, BLOCK_K=4)
+    try:
+        return _on_gpu(*args)
+    finally:
+        ops.WIDE = kept
+        ops.WIDE_BLOCKS.update(blocks)
+
+
 STEPS = pytest.mark.parametrize(
-    "step", [_walk, _in_step, _from_walk_to_step, _on_gpu], ids=["walk", "in_step", "both", "triton"]
+    "step",
+    [_walk, _in_step, _from_walk_to_step, _on_gpu, _wide],
+    ids=["walk", "in_step", "both", "triton", "triton_wide"],
 )
 
 
@@ -81,7 +93,7 @@ def test_scan_equals_naive(kind: str, lengths: list[int], H: int, D: int, biased
 @KIND
 @STEPS
 @pytest.mark.parametrize(
-    ("lengths", "D"), [([1, 1, 1], 7), ([3, 1, 0, 6], 7), ([2, 9], 16)], ids=["decode", "mixed", "whole_tile"]
+    ("lengths", "D"), [([1, 1, 1], 7), ([3, 1, 0, 6], 7), ([2, 4], 16)], ids=["decode", "mixed", "whole_tile"]
 )
 @pytest.mark.parametrize("biased", [False, True], ids=["unbiased", "biased"])
 def test_steps_equal_naive(kind, step, lengths, D, biased) -> None:  # type: ignore[no-untyped-def]
@@ -148,7 +160,7 @@ def test_slstm_equals_its_unstabilised_form() -> None:
         torch.testing.assert_close(got[t].double(), h, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("step", [_walk, _in_step, _on_gpu], ids=["walk", "in_step", "triton"])
+@STEPS
 def test_slstm_with_huge_gates_stays_finite(step) -> None:  # type: ignore[no-untyped-def]
     wx, R, bias, states, offsets = inputs("slstm", [6, 3], 2, 4)
     wx = 60 * wx
@@ -237,18 +249,22 @@ def test_contradictions_are_refused() -> None:
         cell("gru", wx, R, bias, torch.zeros(2, 1, 2, 2, 4), *index)
 
 
-@pytest.mark.parametrize(("kind", "D"), [("slstm", 64), ("gru", 64), ("lstm", 16)])
+@pytest.mark.parametrize(
+    ("kind", "D"), [("slstm", 64), ("gru", 64), ("lstm", 16), ("slstm", 256), ("lstm", 1024)]
+)
 def test_compiles_ahead_for_sm_90_without_spills(kind: str, D: int) -> None:
     signature = {
         **dict.fromkeys(("wx_ptr", "R_ptr", "bias_ptr", "out_ptr"), "*fp32"),
         **dict.fromkeys(("slots_ptr", "depths_ptr", "offsets_ptr"), "*i64"),
         "pool_ptr": "*fp32", "N": "i32", "slot_stride": "i64", "depth_stride": "i64",
     }  # fmt: skip
+    wide = D > ops.WIDE
     constexprs = {
-        "H": 4, "D": D, "G": len(KINDS[kind].gates), "BLOCK_N": 16, "BLOCK_D": D,
-        "KIND": KINDS[kind].code, "BIAS": True,
+        "H": 4, "D": D, "G": len(KINDS[kind].gates), "BLOCK_N": 16, "KIND": KINDS[kind].code, "BIAS": True,
+        **(ops.WIDE_BLOCKS if wide else {"BLOCK_D": D}),
     }  # fmt: skip
     options = {"signature": signature, "constexprs": constexprs, "warps": ops.WARPS}
-    cost = compile_ahead("kernels.cell.step_triton", "cell_step_kernel", options)
+    kernel = "cell_wide_kernel" if wide else "cell_step_kernel"
+    cost = compile_ahead("kernels.cell.step_triton", kernel, options)
     print(f"{kind} D={D}: {cost['registers']} registers, {cost['spills']} spilled, {cost['shared']} shared")
     assert cost["spills"] == 0 and cost["shared"] <= 227 * 1024

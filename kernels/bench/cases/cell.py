@@ -35,8 +35,14 @@ def _cell(rows: int, device: torch.device, *, kind: str, H: int, D: int) -> Tria
     )
 
 
-def _case(name: str, kind: str) -> Case:
-    return Case(name, partial(_cell, kind=kind), {"H": 12, "D": 64}, {"H": 2, "D": 5})
+def _case(name: str, kind: str, H: int, D: int, small: int = 5) -> Case:
+    return Case(name, partial(_cell, kind=kind), {"H": H, "D": D}, {"H": 2, "D": small})
 
 
-CASES = (_case("cell/lstm", "lstm"), _case("cell/gru", "gru"), _case("cell/slstm", "slstm"))
+CASES = (
+    _case("cell/lstm", "lstm", 12, 64),
+    _case("cell/gru", "gru", 12, 64),
+    _case("cell/slstm", "slstm", 12, 64),
+    _case("cell/slstm_wide", "slstm", 4, 256, small=66),
+    _case("cell/lstm_one_head", "lstm", 1, 1024, small=66),
+)

@@ -34,7 +34,7 @@ class ModelConfig(BaseModel):
     by name. Keys of the format that change nothing of what is computed here stand in `inert`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
     vocab_size: int = pydantic.Field(gt=0)
     hidden_size: int = pydantic.Field(gt=0)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.checkpoint import save as write
 from models.load import LoadedModel, load
 from models.registry import family
 from serving import LLM, SamplingParams
@@ -26,6 +27,16 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
                 parameter.copy_(1.2 * noise / parameter[0].numel() ** 0.5)
             else:
                 parameter.add_(0.2 * noise.view_as(parameter))
+
+
+def publish(config: dict[str, Any], folder: Path) -> None:
+    """A checkpoint of one of our own formats, with random weights."""
+    host = family(config, "test")
+    model = host.build(config, "test")[1]
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 0.5)
+    randomise(model)
+    write(folder, model, host.NAMES, config, torch.float32)
 
 
 def save(model: Any, folder: Path) -> Path:

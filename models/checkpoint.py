@@ -220,7 +220,8 @@ def checkpoint_tensors(model: nn.Module, names: Names) -> Iterator[tuple[str, Te
     family's changes."""
     substitutions = [(re.compile(pattern), replacement) for pattern, replacement in names]
     paths: dict[str, str] = {"": ""}  # path here -> path there, before the substitutions
-    # A module that serves in several places is in the checkpoint under each of its names.
+    seen: set[tuple[str, int]] = set()
+    # A module that serves in several places is in the checkpoint under each of its names there.
     for path, module in model.named_modules(remove_duplicate=False):
         above, _, own = path.rpartition(".")
         if path:
@@ -231,7 +232,9 @@ def checkpoint_tensors(model: nn.Module, names: Names) -> Iterator[tuple[str, Te
             name = paths[above if is_parted else path] + name
             for pattern, replacement in substitutions:
                 name = pattern.sub(replacement, name)
-            yield name, tensor
+            if (name, id(module)) not in seen:
+                seen.add((name, id(module)))
+                yield name, tensor
 
 
 def save(folder: Path, model: nn.Module, names: Names, config: Mapping[str, Any], dtype: torch.dtype) -> None:

@@ -39,11 +39,12 @@ def publish(config: dict[str, Any], folder: Path) -> None:
     write(folder, model, host.NAMES, config, torch.float32)
 
 
-def save(model: Any, folder: Path) -> Path:
-    """As a person would publish it: config.json and safetensors, by the library's own writer."""
+def save(model: Any, folder: Path, *, apart: bool = False) -> None:
+    """As a person would publish it: config.json and safetensors, by the library's own writer. `apart`:
+    weights that two modules share go under both names, where that writer would refuse them."""
     model.eval()
-    model.save_pretrained(folder)
-    return folder
+    shared = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder, **({"state_dict": shared} if apart else {}))
 
 
 @torch.no_grad()

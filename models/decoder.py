@@ -212,10 +212,10 @@ class Decoder(nn.Module):
         return logits
 
     def forward(self, ids: Tensor, batch: Batch) -> Tensor:
-        """Every stage once, from an empty state: packed ids [T] -> logits [T, vocab_size]. For training."""
+        """The whole depth, from an empty state: packed ids [T] -> logits [T, vocab_size]. For training."""
         rows = self.embed(ids)
-        for stage in range(len(self.stages)):
-            rows = self.run(stage, rows, batch, None)
+        for node in self.path().nodes:
+            rows = self.run(node.stage, rows, batch, None)
         return self.logits(rows)
 
     def parameter_count(self) -> int:

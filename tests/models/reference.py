@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.batch import Batch
 from models.checkpoint import save as write
 from models.load import LoadedModel, load
 from models.registry import family
@@ -51,7 +52,8 @@ def save(model: Any, folder: Path, *, apart: bool = False) -> None:
 def assert_equal(
     folder: Path, logits: Logits, *, tolerance: float = 1e-4, lengths: tuple[int, ...] = LENGTHS
 ) -> None:
-    """Greedy tokens equal, log-probabilities within `tolerance`, whether prompts run at once or in pieces."""
+    """Greedy tokens equal, log-probabilities within `tolerance`: in the engine, with prompts at once and in
+    pieces, and in training's whole pass."""
     loaded = load(folder, dtype="float32")
     vocabulary = loaded.model.vocab_size
     generator = torch.Generator().manual_seed(1)
@@ -64,6 +66,11 @@ def assert_equal(
         logprobs = expected.log_softmax(-1)[torch.arange(len(scores)), (prompt + ids)[1:]]
         apart = (torch.tensor(scores) - logprobs).abs().max()
         assert apart < tolerance, f"{len(prompt)} tokens: log-probabilities are {apart:.2g} apart"
+        if len(prompt) == max(lengths):  # the way of training, without a pool of states, and all in parallel
+            trained = loaded.model(torch.tensor(prompt + ids), Batch.of_sequences([len(prompt + ids)]))
+            torch.testing.assert_close(
+                trained.log_softmax(-1), expected.log_softmax(-1), atol=5 * tolerance, rtol=0
+            )
     for size in (3, 33):
         for (ids, scores), (ids_whole, scores_whole) in zip(_run(loaded, prompts, size), whole, strict=True):
             assert ids == ids_whole, f"prefill in pieces of {size} gives other tokens"

@@ -200,7 +200,12 @@ class Decoder(nn.Module):
 
     def logits(self, rows: Tensor) -> Tensor:
         """Rows [R, row_width] that have passed the last stage -> [R, vocab_size], float32."""
-        return self.head(self.norm(rows))
+        return self.head(self.normed(rows))
+
+    def normed(self, rows: Tensor) -> Tensor:
+        """Rows [R, row_width] that have passed the last stage -> what the head sees of them, [R,
+        hidden_size]."""
+        return self.norm(rows)
 
     def head(self, x: Tensor) -> Tensor:
         """Normed hidden vectors [R, D] -> logits [R, vocab_size], float32."""

@@ -24,6 +24,14 @@ GLA: dict[str, Any] = {
     "eos_token_id": 0,
 }
 
+LOOPED: dict[str, Any] = {  # 1 layer, then 2 layers up to 3 times, then 1 layer; a gate says when to leave
+    "model_type": "recursive",
+    "base": {**GLA, "num_hidden_layers": 4},
+    "sharing": "middle_cycle",
+    "num_recursions": 3,
+    "exit_gate": True,
+}
+
 
 def tokenizer(vocab_size: int = 300) -> Tokenizer:
     """Byte-level BPE: all bytes, and a few merges. Token 0 is end-of-text."""
@@ -46,5 +54,5 @@ def checkpoint(
                 parameter.normal_(1, 0.2)
     save(folder, model, names(config, "test"), config, torch.float32)
     if text:
-        tokenizer(config["vocab_size"]).save(str(folder / "tokenizer.json"))
+        tokenizer(config.get("base", config)["vocab_size"]).save(str(folder / "tokenizer.json"))
     return folder

@@ -157,8 +157,8 @@ class LoopedDecoder(Decoder):
             return self._row(*self.begin(super().run(stage, x, batch, states), batch))
         return super().run(stage, self.end(x, rest), batch, states)
 
-    def logits(self, rows: Tensor) -> Tensor:
-        return self.head(rows if self.loop.norm_each else self.norm(rows))
+    def normed(self, rows: Tensor) -> Tensor:
+        return rows if self.loop.norm_each else self.norm(rows)
 
     def intermediate_logits(
         self, rows: Tensor, index: Tensor, batch: Batch, states: Sequence[LayerState] | None

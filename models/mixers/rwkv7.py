@@ -185,8 +185,8 @@ class RWKV7Decoder(Decoder):
     def embed(self, ids: Tensor) -> Tensor:
         return F.pad(super().embed(ids), (0, self.values))
 
-    def logits(self, rows: Tensor) -> Tensor:
-        return super().logits(rows[:, : self.hidden_size])
+    def normed(self, rows: Tensor) -> Tensor:
+        return super().normed(rows[:, : self.hidden_size])
 
 
 def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:

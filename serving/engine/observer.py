@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from serving.engine.core import FinishReason, Request, Tick, Usage
+from serving.engine.core import FinishReason, Ints, Request, Tick, Usage
 
 
 class Observer:
@@ -12,8 +12,9 @@ class Observer:
     def ticked(self, tick: Tick, seconds: float) -> None:
         """A stage has run."""
 
-    def emitted(self, tokens: int, gaps: npt.NDArray[np.float64]) -> None:
-        """Sequences have new tokens; for those that had one before, the seconds since."""
+    def emitted(self, units: Ints, reasons: Ints, gaps: npt.NDArray[np.float64]) -> None:
+        """Sequences have new tokens, of these depths and for these reasons no deeper; for those that had one
+        before, the seconds since."""
 
     def finished(self, request: Request, reason: FinishReason, usage: Usage) -> None:
         """All sequences of the request have ended, the last one for this reason."""

@@ -12,6 +12,23 @@ MAX_LOGPROBS = 64
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_BIASES = 1024
+GRAMMARS = ("json_schema", "regex", "lark")
+MAX_GRAMMAR = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the text of a continuation has to look like. Raises InvalidArgumentError."""
+
+    kind: str  # one of GRAMMARS
+    text: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in GRAMMARS:
+            raise InvalidArgumentError("grammar.kind", self.kind, f"must be one of {', '.join(GRAMMARS)}")
+        if not isinstance(self.text, str) or not 0 < len(self.text) <= MAX_GRAMMAR:
+            limit = f"must have 1 to {MAX_GRAMMAR} characters"
+            raise InvalidArgumentError("grammar", f"{len(str(self.text))} characters", limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +55,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # of each token, and of this many likeliest alternatives
     depth: DepthPolicy | str | None = None  # the model's default where None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -46,6 +64,11 @@ class SamplingParams:
             object.__setattr__(self, "depth", DepthPolicy.parse(self.depth))
         if self.depth is not None and not isinstance(self.depth, DepthPolicy):
             raise InvalidArgumentError("depth", self.depth, "must be a DepthPolicy, or text like fixed(2)")
+        if self.grammar is not None and (self.min_tokens or self.ignore_eos):
+            name, value = ("min_tokens", self.min_tokens) if self.min_tokens else ("ignore_eos", True)
+            raise InvalidArgumentError(
+                name, value, "cannot be with a grammar, which says where the text ends"
+            )
         _whole("n", self.n, 1, MAX_N)
         _whole("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _whole("min_tokens", self.min_tokens, 0, self.max_tokens, "max_tokens")

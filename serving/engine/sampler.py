@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.core import Floats, Ints
+from serving.engine.grammar import Matcher
 from serving.engine.params import SamplingParams
 from serving.engine.random import uniform
 
@@ -29,18 +30,27 @@ class Sampler:
         self._endings: dict[int, list[int]] = {}
 
     def admit(
-        self, slot: int, params: SamplingParams, seed: int, prompt: Sequence[int], endings: Sequence[int]
+        self,
+        slot: int,
+        params: SamplingParams,
+        seed: int,
+        prompt: Sequence[int],
+        endings: Sequence[int],
+        matcher: Matcher | None = None,
     ) -> None:
-        """Take a slot into service. `endings` are the tokens that may not come before min_tokens have."""
+        """Take a slot into service. `endings` are the tokens that may not come before min_tokens have; a
+        `matcher` says which tokens the request's grammar allows."""
         self._params[slot] = params
         self._temperature[slot] = params.temperature
         self._seed[slot] = seed
         self._filtered[slot] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-        self._edited[slot] = params.penalised or bool(params.logit_bias) or params.min_tokens > 0
+        self._edited[slot] = (
+            params.penalised or bool(params.logit_bias) or params.min_tokens > 0 or matcher is not None
+        )
         self._logprobs[slot] = -1 if params.logprobs is None else params.logprobs
         self._endings[slot] = list(endings)
         if self._edited[slot]:
-            self._history[slot] = _History(params, prompt, self.vocab_size)
+            self._history[slot] = _History(params, prompt, self.vocab_size, matcher)
 
     def release(self, slot: int) -> None:
         self._params[slot] = None
@@ -124,8 +134,11 @@ def _invert(probabilities: Tensor, uniforms: np.ndarray) -> Ints:
 class _History:
     """What a slot has seen, for the parameters that look back."""
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int):
+    def __init__(
+        self, params: SamplingParams, prompt: Sequence[int], vocab_size: int, matcher: Matcher | None
+    ):
         self.params = params
+        self.matcher = None if matcher is None else matcher.copy()
         self.generated = 0
         self.counts: Tensor | None = None
         if params.penalised:
@@ -137,6 +150,8 @@ class _History:
 
     def take(self, token: int) -> None:
         self.generated += 1
+        if self.matcher is not None:
+            self.matcher.take(token)
         if self.counts is not None:
             self.counts[token] += 1
             self.seen[token] = True
@@ -153,3 +168,5 @@ class _History:
             logits[self.biased.to(logits.device)] += self.biases.to(logits.device)
         if self.generated < p.min_tokens and endings:
             logits[list(endings)] = float("-inf")
+        if self.matcher is not None:
+            logits.masked_fill_(~torch.from_numpy(self.matcher.allowed()).to(logits.device), float("-inf"))

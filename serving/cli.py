@@ -55,11 +55,14 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="the same seed gives the same text")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="end before this string; may be given again")] = None,
     timeout: Annotated[float | None, typer.Option(help="seconds")] = None,
+    depth: Annotated[str | None, typer.Option(help="full, fixed(2), gate(0.8), confidence(entropy, 0.5), ...")] = None,
+    show_depth: Annotated[bool, typer.Option(help="colour each token by its depth")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print each message as a JSON object on a line")] = False,
 ) -> None:
     """Continue a prompt; the text streams."""
     from protos.fathom.v1 import inference_pb2 as pb
     from serving import client
+    from serving.engine.depth import DepthPolicy
 
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
     sampling = pb.SamplingParams(max_tokens=_natural("--max-tokens", max_tokens), temperature=temperature, top_p=top_p)
@@ -68,6 +71,8 @@ def generate(
     if seed is not None:
         sampling.seed = _natural("--seed", seed)
     request = pb.GenerateRequest(model=model, text=text, sampling=sampling, timeout_s=timeout)
+    if depth is not None:
+        request.depth.CopyFrom(client.policy(DepthPolicy.parse(depth)))
     with client.connected(target) as channel:
         for number, message in enumerate(client.generate(channel, request)):
             if as_json:
@@ -75,7 +80,10 @@ def generate(
                 continue
             if number == 0:
                 typer.secho(text, nl=False, dim=True)
-            typer.echo(message.text, nl=False)
+            if show_depth:
+                client.coloured(message)
+            else:
+                typer.echo(message.text, nl=False)
         if not as_json:
             typer.echo()
 

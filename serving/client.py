@@ -5,10 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
+import typer
 from google.protobuf.json_format import MessageToDict
 
 from protos.fathom.v1 import inference_pb2 as pb
 from protos.fathom.v1 import inference_pb2_grpc, models_pb2, models_pb2_grpc
+from serving.engine.depth import DepthPolicy
 
 CANCELLED = grpc.StatusCode.CANCELLED
 
@@ -46,3 +48,36 @@ def models(channel: grpc.Channel) -> list[models_pb2.Model]:
 
 def as_dict(message: Any) -> dict[str, Any]:
     return MessageToDict(message, preserving_proto_field_name=True)
+
+
+def policy(chosen: DepthPolicy) -> pb.DepthPolicy:
+    """A depth policy as a message."""
+    message = pb.DepthPolicy(min_depth=chosen.min_depth, max_depth=chosen.max_depth, width=chosen.width)
+    if chosen.kind == "fixed":
+        message.fixed = chosen.depth or 0
+    elif chosen.kind == "chain":
+        message.chain.layers.extend(chosen.layers)
+    elif chosen.kind in ("gate", "confidence", "converged"):
+        criterion = getattr(message, chosen.kind)
+        criterion.SetInParent()
+        if chosen.threshold is not None:
+            criterion.threshold = chosen.threshold
+        if chosen.measure is not None:
+            criterion.measure = pb.DepthPolicy.Measure.Value(chosen.measure.upper())
+    elif chosen.kind is not None:
+        getattr(message, chosen.kind).SetInParent()
+    return message
+
+
+SHADES = (27, 33, 39, 45, 49, 83, 154, 190, 220, 214, 208, 202, 196)
+"""Of the terminal's 256 colours, from shallow to deep."""
+
+
+def coloured(message: pb.GenerateResponse) -> None:
+    """Print the text of a message, each token in the colour of its depth."""
+    at = 0
+    for length, depth in zip(message.text_lengths, message.depths, strict=True):
+        shade = SHADES[min(depth, len(SHADES)) - 1] if depth else SHADES[0]
+        typer.secho(message.text[at : at + length], nl=False, fg=shade)
+        at += length
+    typer.echo(message.text[at:], nl=False)

@@ -188,8 +188,8 @@ class _Builder:
         """Whether the continuation has just met a stop string, and the engine need not go on with it."""
         if self._text.stopped:
             return False
-        text, used = self._text.feed(out.ids, last=out.finish_reason is not None)
-        self._parts.append(text)
+        parts, rest = self._text.feed(out.ids, last=out.finish_reason is not None)
+        self._parts += [*parts, rest]
         for mine, new in (
             (self._all.ids, out.ids),
             (self._all.depths, out.depths),
@@ -197,7 +197,7 @@ class _Builder:
             (self._all.logprobs, out.logprobs),
             (self._all.top_logprobs, out.top_logprobs),
         ):
-            mine += new[:used]  # type: ignore[arg-type]
+            mine += new[: len(parts)]  # type: ignore[arg-type]
         self._all.finish_reason = FinishReason.STOP if self._text.stopped else out.finish_reason
         self._all.usage = out.usage
         return self._text.stopped and out.finish_reason is None

@@ -79,18 +79,20 @@ class TextStream:
         """Whether a stop string has come."""
         return self._matcher.matched is not None
 
-    def feed(self, ids: Sequence[int], last: bool) -> tuple[str, int]:
-        """The text that may be given out after these tokens, and how many of them belong to the continuation: fewer
-        than there are when a stop string ends it. `last`: no more will come, so nothing is held back."""
+    def feed(self, ids: Sequence[int], last: bool) -> tuple[list[str], str]:
+        """The text that may be given out with each of these tokens that belong to the continuation (fewer than there
+        are when a stop string ends it), and what comes after them when `last`: no more will come, so nothing is held
+        back."""
+        parts: list[str] = []
         if self._detokenizer is None:
-            return "", len(ids)
-        out = ""
-        for used, token in enumerate(ids, 1):
-            if not (last and used == len(ids) and token in self._endings):
-                out += self._matcher.feed(self._detokenizer.feed(token))
+            return [""] * len(ids), ""
+        for number, token in enumerate(ids, 1):
+            ends = last and number == len(ids) and token in self._endings
+            parts.append("" if ends else self._matcher.feed(self._detokenizer.feed(token)))
             if self.stopped:
-                return out, used
+                return parts, ""
+        rest = ""
         if last:
-            out += self._matcher.feed(self._detokenizer.flush())
-            out += self._matcher.flush()
-        return out, len(ids)
+            rest = self._matcher.feed(self._detokenizer.flush())
+            rest += self._matcher.flush()
+        return parts, rest

@@ -31,12 +31,20 @@ class Recipe:
     name: str
     config: dict[str, Any]
     objective: Objective = field(default=next_token)
-    steps: int = 4000
-    sequences: int = 16  # per step
-    length: int = 512  # tokens of each
+    steps: int = 2500
+    tokens: int = 8192  # of a step
+    length: int = 512  # tokens of a sequence, at first
+    long_length: int = 2048  # and later, so that the model learns to live with a long past
+    long_from: float = 0.56  # share of the steps that are short
     learning_rate: float = 3e-3
     warmup: int = 100
     seed: int = 0
+
+
+    def shape(self, step: int) -> tuple[int, int]:
+        """Sequences of a step, and tokens of each."""
+        length = self.length if step < self.long_from * self.steps else self.long_length
+        return self.tokens // length, length
 
 
 def initialise(model: Decoder, seed: int) -> None:
@@ -93,7 +101,6 @@ def train(model: Decoder, recipe: Recipe, tokens: npt.NDArray[np.uint16], folder
     """Train in place. Progress is kept in `folder`, and taken up again from there."""
     optimiser = Optimiser(model, recipe)
     first = _resume(model, optimiser, folder)
-    batch = Batch.of_sequences([recipe.length] * recipe.sequences, model.device)
     mixed = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
     columns = (
         TextColumn("{task.description}"),
@@ -106,9 +113,9 @@ def train(model: Decoder, recipe: Recipe, tokens: npt.NDArray[np.uint16], folder
         task = progress.add_task(recipe.name, total=recipe.steps, completed=first, loss=float("nan"), rate=0.0)
         smoothed, begun = float("nan"), time.monotonic()
         for step in range(first, recipe.steps):
-            ids, targets = (
-                x.to(model.device) for x in crops(tokens, recipe.seed, step, recipe.sequences, recipe.length)
-            )
+            sequences, length = recipe.shape(step)
+            batch = Batch.of_sequences([length] * sequences, model.device)
+            ids, targets = (x.to(model.device) for x in crops(tokens, recipe.seed, step, sequences, length))
             with mixed:
                 loss = recipe.objective(model, ids, targets, batch, step)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -118,7 +125,7 @@ def train(model: Decoder, recipe: Recipe, tokens: npt.NDArray[np.uint16], folder
             if not math.isfinite(value):
                 raise RuntimeError(f"{recipe.name}: the loss became {value} at step {step}")
             smoothed = value if math.isnan(smoothed) else 0.98 * smoothed + 0.02 * value
-            rate = (step + 1 - first) * recipe.sequences * recipe.length / (time.monotonic() - begun)
+            rate = (step + 1 - first) * recipe.tokens / (time.monotonic() - begun)
             progress.update(task, completed=step + 1, loss=smoothed, rate=rate)
             if (step + 1) % 100 == 0 or step + 1 == recipe.steps:
                 _keep(model, optimiser, folder, step + 1)

@@ -24,9 +24,9 @@ GLA = Recipe(
         "tie_word_embeddings": True,
         "bos_token_id": 0,
         "eos_token_id": 0,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 4096,
     },
-    steps=2500,
+    long_length=4096,
 )
 
 LLAMA: dict[str, Any] = {

@@ -7,8 +7,9 @@ from typing import Any
 from protos.fathom.internal.v1 import engine_pb2 as wire
 from serving import errors
 from serving.engine.core import FinishReason, Output, Request, Usage
+from serving.engine.depth import DepthPolicy
 from serving.engine.loop import Failed
-from serving.engine.params import SamplingParams
+from serving.engine.params import Grammar, SamplingParams
 
 _KINDS: dict[str, type[errors.RequestError]] = {
     kind.__name__: kind
@@ -30,6 +31,7 @@ def submit_from(request: Request, timeout_s: float | None) -> wire.Submit:
         prompt=request.prompt,
         params=json.dumps({**asdict(request.params), "seed": request.seed}).encode(),
         score=request.score,
+        embed=request.embed,
         timeout_s=timeout_s,
         priority=request.priority,
     )
@@ -39,12 +41,17 @@ def request_from(submit: wire.Submit, now: float) -> Request:
     """Raises InvalidArgumentError."""
     fields: dict[str, Any] = json.loads(submit.params)
     fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
+    if fields["depth"] is not None:
+        fields["depth"] = DepthPolicy(**{**fields["depth"], "layers": tuple(fields["depth"]["layers"])})
+    if fields["grammar"] is not None:
+        fields["grammar"] = Grammar(**fields["grammar"])
     params = SamplingParams(**fields)
     return Request(
         id=submit.request_id,
         prompt=list(submit.prompt),
         params=params,
         score=submit.score,
+        embed=submit.embed,
         seed=params.seed or 0,
         priority=submit.priority,
         deadline=now + submit.timeout_s if submit.HasField("timeout_s") else None,
@@ -59,6 +66,7 @@ def tokens_from(out: Output) -> wire.Tokens:
         logprobs=out.logprobs,
         depths=out.depths,
         exit_reasons=out.exit_reasons,
+        embedding=out.embedding,
     )
     for alternatives in out.top_logprobs:
         tokens.top_ids.extend(alternatives)
@@ -81,6 +89,7 @@ def output_from(tokens: wire.Tokens) -> Output:
         exit_reasons=list(tokens.exit_reasons),
         logprobs=list(tokens.logprobs),
         top_logprobs=[dict(pairs[at : at + width]) for at in range(0, len(pairs), width)] if width else [],
+        embedding=list(tokens.embedding),
         finish_reason=FinishReason(tokens.finish_reason) if tokens.finish_reason else None,
         usage=Usage(**json.loads(tokens.usage)) if tokens.usage else None,
     )

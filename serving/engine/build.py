@@ -9,6 +9,7 @@ from serving.config import ModelSpec
 from serving.engine.core import Request
 from serving.engine.description import Description
 from serving.engine.engine import Engine
+from serving.engine.grammar import Grammars
 from serving.engine.observer import Observer
 from serving.engine.params import SamplingParams
 from serving.engine.runner import TorchRunner
@@ -79,6 +80,9 @@ def make_engine(
         prefill_tokens=prefill_tokens,
         max_waiting=max_waiting,
         max_tokens=max_tokens,
+        grammars=Grammars(
+            loaded.tokenizer.to_str() if loaded.tokenizer is not None else None, loaded.model.vocab_size
+        ),
     )
 
 

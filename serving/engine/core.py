@@ -24,12 +24,14 @@ class FinishReason(StrEnum):
 
 @dataclass(slots=True)
 class Request:
-    """A prompt, and what is wanted of it: continuations, or (score) the log-probabilities of its own tokens."""
+    """A prompt, and what is wanted of it: continuations, (score) the log-probabilities of its own tokens, or (embed)
+    one vector for all of it."""
 
     id: str
     prompt: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     score: bool = False
+    embed: str = ""  # "mean" or "last": of the normed hidden vectors that the head would see
     seed: int = 0  # of continuation 0
     priority: int = 0  # larger goes first
     deadline: float | None = None  # on the engine's clock
@@ -37,7 +39,13 @@ class Request:
     admitted: float | None = None
     first_token: float | None = None
     policy: DepthPolicy = field(default_factory=DepthPolicy)  # that holds: its own, or the model's default
+    matcher: Any = None  # of params.grammar, before the first token (see engine/grammar.py)
     sequences: "list[Sequence]" = field(default_factory=list)
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether nothing is generated: the prompt is all that there will be."""
+        return self.score or bool(self.embed)
 
 
 @dataclass(slots=True)
@@ -53,6 +61,7 @@ class Sequence:
     prefilled: int = 0  # prompt tokens whose state is in the slots
     generated: int = 0
     units: int = 0  # depth of all generated tokens together
+    embedding: Any = 0.0  # [hidden_size] float64, of the prompt so far
     finished: FinishReason | None = None
 
 
@@ -95,7 +104,10 @@ class Tick:
     nodes: Ints  # where each is on its path
     chunks: list[Chunk]
     final: bool  # the stage ends with the head
+    waited: Ints  # ticks that each row was parked while other stages ran
     wanted: dict[str, Ints] = field(default_factory=dict)  # signal -> the tokens whose policies look at it
+    units: Ints | None = None  # depth that each token has reached by it
+    refills: int = 0  # rows that begin while others are on their way
 
     @property
     def prefill_tokens(self) -> int:
@@ -120,6 +132,8 @@ class Sampled:
     top_ids: Ints | None = None  # [R, most asked for]
     top_logprobs: Floats | None = None
     scores: dict[int, Floats] = field(default_factory=dict)  # slot -> one for each token of its chunk but the last
+    score_tops: dict[int, tuple[Ints, Floats]] = field(default_factory=dict)  # slot -> likeliest ids there, and theirs
+    embeddings: dict[int, npt.NDArray[np.float64]] = field(default_factory=dict)  # slot -> what its chunk adds
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +161,7 @@ class Output:
     exit_reasons: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    embedding: list[float] = field(default_factory=list)  # in the last news, where it was asked for
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
 
@@ -157,6 +172,7 @@ class Output:
         self.exit_reasons += later.exit_reasons
         self.logprobs += later.logprobs
         self.top_logprobs += later.top_logprobs
+        self.embedding += later.embedding
         self.finish_reason = later.finish_reason
         self.usage = later.usage
 

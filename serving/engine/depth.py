@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -64,16 +64,19 @@ class DepthPolicy:
     or the same as text, "confidence(probability, 0.9)". Raises InvalidArgumentError, naming the field.
     """
 
-    kind: str = "full"
+    kind: str | None = "full"  # None: the model's own, within the bounds below
     depth: int | None = None  # fixed
     measure: str | None = None  # confidence, converged
     threshold: float | None = None  # gate, confidence, converged; the model's or the usual one where None
     layers: tuple[int, ...] = ()  # chain
     min_depth: int | None = None
     max_depth: int | None = None
+    width: float | None = None  # share of heads and hidden units, where a model is nested by width
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        if self.width is not None and not 0 < self.width <= 1:
+            raise InvalidArgumentError("depth.width", self.width, "must be a number above 0, at most 1")
+        if self.kind is not None and self.kind not in KINDS:
             raise InvalidArgumentError("depth", self.kind, f"must be one of {', '.join(KINDS)}")
         for name, value in (("fixed", self.depth), ("min_depth", self.min_depth), ("max_depth", self.max_depth)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_DEPTH):
@@ -82,7 +85,7 @@ class DepthPolicy:
             raise InvalidArgumentError("depth.fixed", self.depth, "must be a whole number from 1")
         if self.min_depth is not None and self.max_depth is not None and self.min_depth > self.max_depth:
             raise InvalidArgumentError("depth.min_depth", self.min_depth, f"is above max_depth = {self.max_depth}")
-        known = {"confidence": CONFIDENCE, "converged": CONVERGENCE}.get(self.kind)
+        known = {"confidence": CONFIDENCE, "converged": CONVERGENCE}.get(self.kind or "")
         if known is not None and self.measure not in known:
             raise InvalidArgumentError(f"depth.{self.kind}.measure", self.measure, f"must be one of {', '.join(known)}")
         if self.threshold is not None and not self._possible(self.threshold):
@@ -106,7 +109,14 @@ class DepthPolicy:
     @property
     def reason(self) -> ExitReason:
         """Why a token that leaves by it left."""
-        return _REASONS.get(self.kind, ExitReason.FULL_DEPTH)
+        return _REASONS.get(self.kind or "", ExitReason.FULL_DEPTH)
+
+    def over(self, default: "DepthPolicy") -> "DepthPolicy":
+        """This policy, with the default's in place of what it leaves open."""
+        if self.kind is not None:
+            return self
+        bounds = {name: getattr(self, name) for name in ("min_depth", "max_depth", "width")}
+        return replace(default, **{name: value for name, value in bounds.items() if value is not None})
 
     @staticmethod
     def full(**bounds: Any) -> "DepthPolicy":

@@ -4,8 +4,11 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
+import numpy as np
+
 from serving.engine.core import Chunk, FinishReason, Load, Output, Request, Sampled, Sequence, Tick, Usage
 from serving.engine.depth import DepthPolicy
+from serving.engine.grammar import Grammars
 from serving.engine.observer import Observer
 from serving.engine.runner import Runner
 from serving.engine.scheduler import Scheduler
@@ -26,12 +29,17 @@ class Engine:
         max_tokens: int = 1 << 20,
         clock: Callable[[], float] = time.monotonic,
         observer: Observer | None = None,
+        grammars: Grammars | None = None,
+        shed_wait_s: float | None = None,
+        min_depth: int | None = None,
     ):
-        """`max_tokens` bounds prompt and continuation together."""
+        """`max_tokens` bounds prompt and continuation together. Without `grammars` no request may have
+        one. `shed_wait_s` and `min_depth` are the governor's."""
         self.runner = runner
         self.max_tokens = max_tokens
         self.eos_token_ids = tuple(eos_token_ids)
         self.observer = observer or Observer()
+        self.grammars = grammars or Grammars(None, runner.vocab_size)
         self.clock = clock
         self.scheduler = Scheduler(
             runner.first_stage,
@@ -42,6 +50,8 @@ class Engine:
             prefill_tokens=prefill_tokens,
             max_waiting=max_waiting,
             clock=clock,
+            shed_wait_s=shed_wait_s,
+            min_depth=min_depth,
             fills=runner.fills,
             one_by_one=runner.one_by_one,
         )
@@ -72,7 +82,7 @@ class Engine:
         """Queue a request. Raises InvalidArgumentError, naming the field, or OverloadedError."""
         if not request.prompt:
             raise InvalidArgumentError("prompt", "", "must hold at least one token")
-        limit = self.max_tokens - (not request.score)
+        limit = self.max_tokens - (not request.reads_only)
         if len(request.prompt) > limit:
             given = f"{len(request.prompt)} tokens"
             raise InvalidArgumentError("prompt", given, f"at most {limit} tokens fit this model")
@@ -81,8 +91,18 @@ class Engine:
             wrong = low if low < 0 else high
             raise InvalidArgumentError("prompt", wrong, f"token ids of this model are 0 to {self.runner.vocab_size - 1}")
         request.params.check_vocabulary(self.runner.vocab_size)
-        request.policy = request.params.policy or self.runner.default_depth
+        self.prepare(request)
+        asked = request.params.policy
+        request.policy = self.runner.default_depth if asked is None else asked.over(self.runner.default_depth)
         self.scheduler.submit(request, self.runner.path(request.policy))
+
+    def prepare(self, request: Request) -> None:
+        """What of `submit` takes long, and may be done before it by any thread: compile the request's
+        grammar.
+
+        Raises InvalidArgumentError or FailedPreconditionError."""
+        if request.params.grammar is not None and request.matcher is None:
+            request.matcher = self.grammars.matcher(request.params.grammar, self.eos_token_ids)
 
     def cancel(self, request_id: str, index: int | None = None) -> list[Output]:
         """Stop a request, or one of its continuations, and free its slots at once. Unknown ids are ignored: the
@@ -129,10 +149,15 @@ class Engine:
         rows, now = self.scheduler.rows, self.clock()
         for chunk in tick.chunks:
             outputs += self._prefilled(chunk, sampled)
-        self.observer.emitted(len(sampled.slots), rows.gaps(sampled.slots, now))
+        slots = sampled.slots
+        gaps = rows.gaps(slots, now)
+        self.observer.emitted(rows.units[slots], rows.reason[slots], gaps[~np.isnan(gaps)])
         running = self.scheduler.running
-        for row, slot in enumerate(sampled.slots.tolist()):
-            outputs.append(self._token(running[slot], row, sampled, now))
+        for row, slot in enumerate(slots.tolist()):
+            sequence = running[slot]
+            outputs.append(self._token(sequence, row, sampled, now))
+            if sequence.request.policy.kind == "deadline" and not np.isnan(gaps[row]):
+                self.scheduler.pace(sequence, float(gaps[row]))
         return outputs
 
     def _prefilled(self, chunk: Chunk, sampled: Sampled) -> list[Output]:
@@ -141,6 +166,8 @@ class Engine:
         self.scheduler.through(chunk)
         if sequence.request.score:
             return [self._scored(chunk, sampled)]
+        if sequence.request.embed:
+            return self._embedded(chunk, sampled)
         if chunk.last:
             for other in sequence.request.sequences:
                 if other.finished is not None:
@@ -181,9 +208,28 @@ class Engine:
         chunk.sequence.generated += count
         depths, reasons = chunk.units[:count].tolist(), chunk.reasons[:count].tolist()
         out = Output(request.id, 0, ids, depths, reasons, scores.tolist())
+        if chunk.sequence.slot in sampled.score_tops:
+            tops = (
+                zip(i.tolist(), p.tolist(), strict=True)
+                for i, p in zip(*sampled.score_tops[chunk.sequence.slot], strict=True)
+            )
+            out.top_logprobs = [dict(top) for top in tops]
         if chunk.last:
             self._finish(chunk.sequence, FinishReason.STOP, out)
         return out
+
+    def _embedded(self, chunk: Chunk, sampled: Sampled) -> list[Output]:
+        """What a chunk adds to the embedding of its prompt; the whole with the last one."""
+        sequence = chunk.sequence
+        sequence.embedding = sequence.embedding + sampled.embeddings[sequence.slot]
+        sequence.units += int(chunk.units.sum())
+        sequence.generated += len(chunk.ids)
+        if not chunk.last:
+            return []
+        count = len(sequence.request.prompt) if sequence.request.embed == "mean" else 1
+        out = Output(sequence.request.id, 0, embedding=(sequence.embedding / count).tolist())
+        self._finish(sequence, FinishReason.STOP, out)
+        return [out]
 
     def _finish(self, sequence: Sequence, reason: FinishReason, out: Output) -> None:
         sequence.finished = out.finish_reason = reason
@@ -201,7 +247,7 @@ class Engine:
         mean_depth = sum(s.units for s in request.sequences) / tokens if tokens else 0.0
         return Usage(
             prompt_tokens=len(request.prompt),
-            completion_tokens=0 if request.score else tokens,
+            completion_tokens=0 if request.reads_only else tokens,
             mean_depth=mean_depth,
             flops_saved=self._saved(request, mean_depth) if tokens else 0.0,
             queue_s=admitted - request.arrival,

@@ -38,6 +38,8 @@ class Rows:
         self.threshold = np.zeros(slots + 1)
         self.floor = column(0)  # a token may not leave before
         self.ceiling = column(MANY)  # a token leaves here at the latest
+        self.full = column(0)  # depth of its path
+        self.pace = np.full(slots + 1, np.nan)  # seconds that its tokens take for each unit of depth
         self.shed = column(MANY)  # the governor may lower the ceiling down to here
         self.early = column(ExitReason.FULL_DEPTH)  # reason when the signal lets it leave
         self.capped = column(ExitReason.FIXED_DEPTH)  # reason when the ceiling makes it leave
@@ -65,11 +67,11 @@ class Rows:
 
     def drop(self, slot: int) -> None:
         self.node[slot] = IDLE
-        self.emitted[slot] = np.nan
+        self.emitted[slot] = self.pace[slot] = np.nan
         self.further.pop(slot, None)
 
     def gaps(self, slots: Ints, now: float) -> Times:
-        """Seconds since the last tokens of those slots that had one; from here on `now` is their last."""
+        """Seconds since the last token of each slot, nan for those that had none; from here on `now` is their last."""
         since = now - self.emitted[slots]
         self.emitted[slots] = now
-        return since[~np.isnan(since)]
+        return since

@@ -94,12 +94,20 @@ class TorchRunner:
         if policy.kind == "chain":
             return self._chain(policy.layers)
         if policy.kind not in ("full", "fixed") and not exits:
-            raise InvalidArgumentError("depth", policy.kind, "every token of this model takes all of its layers")
+            raise InvalidArgumentError(
+                "depth", policy.kind, "every token of this model takes all of its layers"
+            )
         if policy.signal in ("router", "gate") and policy.signal not in self.model.signals:
             raise InvalidArgumentError("depth", policy.kind, f"this model has no {policy.signal}")
-        for name, depth in (("fixed", policy.depth), ("min_depth", policy.min_depth), ("max_depth", policy.max_depth)):
+        for name, depth in (
+            ("fixed", policy.depth),
+            ("min_depth", policy.min_depth),
+            ("max_depth", policy.max_depth),
+        ):
             if depth is not None and depth > full.full_depth:
-                raise InvalidArgumentError(f"depth.{name}", depth, f"the full depth of this model is {full.full_depth}")
+                raise InvalidArgumentError(
+                    f"depth.{name}", depth, f"the full depth of this model is {full.full_depth}"
+                )
         reachable = {node.units for node in full.nodes if node.exit_to != NOWHERE} | {full.full_depth}
         if policy.depth is not None and policy.depth not in reachable:
             shown = ", ".join(map(str, sorted(reachable)))
@@ -112,7 +120,9 @@ class TorchRunner:
             raise InvalidArgumentError("depth.chain", layers, "the layers of this model stay in their order")
         for layer in layers:
             if not 0 <= layer < count:
-                raise InvalidArgumentError("depth.chain", layer, f"the layers of this model are 0 to {count - 1}")
+                raise InvalidArgumentError(
+                    "depth.chain", layer, f"the layers of this model are 0 to {count - 1}"
+                )
         return self.model.chain(layers)
 
     def flops(self, path: Path, units: float | None = None) -> float:
@@ -124,7 +134,9 @@ class TorchRunner:
             self.pool.reset(slot)
             for entries in self._entries:
                 entries[slot] = 0
-        self.sampler.admit(sequence.slot, request.params, sequence.seed, request.prompt, endings)
+        self.sampler.admit(
+            sequence.slot, request.params, sequence.seed, request.prompt, endings, request.matcher
+        )
 
     def fork(self, source: Sequence, target: Sequence) -> None:
         for a, b in zip(source.slots.tolist(), target.slots.tolist(), strict=True):
@@ -173,8 +185,14 @@ class TorchRunner:
         tokens = [chunk.passing for chunk in tick.chunks]
         lengths = np.ones(len(owners), np.int64)
         lengths[len(tick.slots) :] = [len(t) for t in tokens]
-        positions = [rows.position[tick.slots], *(c.start + t for c, t in zip(tick.chunks, tokens, strict=True))]
-        ghosts = [np.zeros(len(tick.slots), bool), *(~np.isin(t, c.active) for c, t in zip(tick.chunks, tokens, strict=True))]
+        positions = [
+            rows.position[tick.slots],
+            *(c.start + t for c, t in zip(tick.chunks, tokens, strict=True)),
+        ]
+        ghosts = [
+            np.zeros(len(tick.slots), bool),
+            *(~np.isin(t, c.active) for c, t in zip(tick.chunks, tokens, strict=True)),
+        ]
         any_ghosts = any(g.any() for g in ghosts[1:])
         return Batch(
             slots=self._tensor(rows.held(owners, paths.look("occurrence", rows.path[owners], nodes))),
@@ -206,7 +224,10 @@ class TorchRunner:
     def _enter(self, tick: Tick, rows: Rows) -> Tensor:
         """The rows [T, row_width] that the stage works on: embedded where they begin, as they were parked elsewhere."""
         tokens = [chunk.passing for chunk in tick.chunks]
-        fresh = [tick.nodes == 0, *(np.full(len(t), c.node == 0) for c, t in zip(tick.chunks, tokens, strict=True))]
+        fresh = [
+            tick.nodes == 0,
+            *(np.full(len(t), c.node == 0) for c, t in zip(tick.chunks, tokens, strict=True)),
+        ]
         ids = [rows.token[tick.slots], *(c.ids[t] for c, t in zip(tick.chunks, tokens, strict=True))]
         begins, all_ids = np.concatenate(fresh), np.concatenate(ids)
         if begins.all():
@@ -282,13 +303,15 @@ class TorchRunner:
         """Sample after every decoding row and every prompt's last token; score the chunks that ask for it."""
         at: list[Ints] = [np.arange(len(tick.slots))]  # rows of `hidden` that a token is drawn from
         slots, positions = [tick.slots], [rows.position[tick.slots] + 1]
-        scores: dict[int, Floats] = {}
+        sampled = Sampled(tick.slots, tick.slots)
         first = len(tick.slots)
         for chunk in tick.chunks:
             request = chunk.sequence.request
             end = first + len(chunk.ids)
             if request.score:
-                scores[chunk.sequence.slot] = self._score(hidden[first:end], request.prompt, chunk.start)
+                self._score(hidden[first:end], chunk, sampled)
+            elif request.embed:
+                self._embed(hidden[first:end], chunk, sampled)
             elif chunk.last:
                 copies = [s.slot for s in request.sequences if s.finished is None]
                 at.append(np.full(len(copies), end - 1))
@@ -297,16 +320,32 @@ class TorchRunner:
             first = end
         all_slots, all_at = np.concatenate(slots), np.concatenate(at)
         if not len(all_at):
-            return Sampled(all_slots, all_at, scores=scores)
+            return sampled
         logits = self.model.logits(hidden[self._tensor(all_at)])
-        ids, *logprobs = self.sampler.sample(logits, all_slots, np.concatenate(positions))
-        return Sampled(all_slots, ids, *logprobs, scores=scores)
+        drawn = self.sampler.sample(logits, all_slots, np.concatenate(positions))
+        sampled.slots = all_slots
+        sampled.ids, sampled.logprobs, sampled.top_ids, sampled.top_logprobs = drawn
+        return sampled
 
-    def _score(self, hidden: Tensor, prompt: list[int], start: int) -> Floats:
-        """Log-probability of the token after each of these, as far as the prompt goes."""
-        targets = torch.tensor(prompt[start + 1 : start + 1 + len(hidden)], device=hidden.device)
+    def _score(self, hidden: Tensor, chunk: Chunk, sampled: Sampled) -> None:
+        """Log-probability of the token after each of these, as far as the prompt goes, and of the likeliest
+        ones instead, where asked for."""
+        request, slot = chunk.sequence.request, chunk.sequence.slot
+        targets = torch.tensor(
+            request.prompt[chunk.start + 1 : chunk.start + 1 + len(hidden)], device=hidden.device
+        )
         logprobs = self.model.logits(hidden[: len(targets)]).log_softmax(-1)
-        return logprobs.gather(1, targets[:, None]).squeeze(1).cpu().numpy()  # type: ignore[no-any-return]
+        sampled.scores[slot] = logprobs.gather(1, targets[:, None]).squeeze(1).cpu().numpy()
+        if request.params.logprobs:
+            values, ids = logprobs.topk(min(request.params.logprobs, self.vocab_size))
+            sampled.score_tops[slot] = ids.cpu().numpy(), values.cpu().numpy()
+
+    def _embed(self, hidden: Tensor, chunk: Chunk, sampled: Sampled) -> None:
+        """The sum of a chunk's normed hidden vectors, or its share of the last one: in float64, so that where
+        a prompt is cut does not show."""
+        mean = chunk.sequence.request.embed == "mean"
+        rows = hidden if mean else hidden[-1:] if chunk.last else hidden[:0]
+        sampled.embeddings[chunk.sequence.slot] = self.model.normed(rows).double().sum(0).cpu().numpy()
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.model.device, non_blocking=True)

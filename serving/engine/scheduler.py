@@ -13,6 +13,7 @@ from models.paging import PAGE, pages_for
 from serving.engine.choice import StageChooser
 from serving.engine.core import Chunk, Floats, Ints, Load, Request, Sequence, Tick
 from serving.engine.depth import AT_LEAST, DEFAULT_THRESHOLDS, SIGNALS, ExitReason
+from serving.engine.governor import Governor
 from serving.engine.paths import PathTable
 from serving.engine.random import derive
 from serving.engine.rows import IDLE, MANY, Rows
@@ -47,6 +48,8 @@ class Scheduler:
         prefill_tokens: int,
         max_waiting: int,
         clock: Callable[[], float],
+        shed_wait_s: float | None = None,
+        min_depth: int | None = None,
         fills: bool = False,
         one_by_one: frozenset[str] = frozenset(),
     ):
@@ -64,6 +67,8 @@ class Scheduler:
         self._prefill_tokens = prefill_tokens
         self._max_waiting = max_waiting
         self._clock = clock
+        self._min_depth = min_depth
+        self.governor = Governor(shed_wait_s, clock)
         self._fills = fills
         self._one_by_one = one_by_one
         self._waiting: list[tuple[int, int, Request, Path]] = []
@@ -96,7 +101,9 @@ class Scheduler:
 
     def reserved(self, request: Request, path: Path) -> int:
         """Entries of growing state that one continuation may come to hold, to whole pages."""
-        longest = len(request.prompt) if request.score else len(request.prompt) + request.params.max_tokens
+        longest = (
+            len(request.prompt) if request.reads_only else len(request.prompt) + request.params.max_tokens
+        )
         return path.slots * PAGE * pages_for(min(longest, self._max_tokens))
 
     def load(self) -> Load:
@@ -137,6 +144,7 @@ class Scheduler:
     def schedule(self) -> Tick | None:
         """Choose a stage, and everything that is parked there."""
         self._cut_chunks()
+        self.governor.observe(min((entry[2].arrival for entry in self._waiting), default=None))
         parked = self._parked()
         if not len(parked.stages):
             return None
@@ -144,7 +152,10 @@ class Scheduler:
         stage = self._chooser.choose(parked.stages, parked.tokens, self.tick - parked.since)
         here = parked.slots[parked.stages[: len(parked.slots)] == stage]
         chunks = [chunk for chunk in self._chunks if self._stage_of(chunk) == stage]
-        tick = Tick(stage, here, self.rows.node[here], chunks, stage in self._final)
+        waited = self.tick - 1 - self.rows.since[here]
+        under_way = int((self.rows.node[parked.slots] > 0).sum())
+        tick = Tick(stage, here, self.rows.node[here], chunks, stage in self._final, waited)
+        tick.refills = int((tick.nodes == 0).sum()) if under_way else 0
         if not tick.final:
             self._want(tick)
         return tick
@@ -160,6 +171,7 @@ class Scheduler:
         before = np.concatenate([self.rows.units[tick.slots], *(chunk.units[chunk.active] for chunk in tick.chunks)])
         units = np.maximum(before, self.paths.look("units", paths, nodes))
         self._reached(tick, units)
+        tick.units = units
         if tick.final:
             return []
         exit_to = self.paths.look("exit_to", paths, nodes)
@@ -220,6 +232,20 @@ class Scheduler:
         if chunk.last:
             self._prefilling.remove(chunk.sequence)
 
+    def pace(self, sequence: Sequence, seconds: float) -> None:
+        """A sequence that is to be as deep as its deadline allows had its last token after so many seconds: set how
+        deep its next one may go."""
+        rows, slot, request = self.rows, sequence.slot, sequence.request
+        spent = seconds / max(1, int(rows.units[slot]))
+        rows.pace[slot] = spent if np.isnan(rows.pace[slot]) else 0.8 * rows.pace[slot] + 0.2 * spent
+        if request.deadline is None:
+            return
+        tokens = request.params.max_tokens - sequence.generated
+        affordable = (request.deadline - self._clock()) / max(1, tokens) / max(rows.pace[slot], 1e-9)
+        full = self.paths[sequence.path].full_depth
+        highest = full if request.policy.max_depth is None else request.policy.max_depth
+        rows.ceiling[slot] = int(np.clip(affordable, max(1, request.policy.min_depth or 1), highest))
+
     def pass_on(self, sequence: Sequence) -> None:
         """If the sequence is prefilling on behalf of siblings, let one of them take its slots and go on."""
         heirs = [s for s in sequence.request.sequences if s is not sequence and s.finished is None]
@@ -270,7 +296,8 @@ class Scheduler:
             rows.threshold[slot] = DEFAULT_THRESHOLDS.get(policy.signal, 1.0) if given is None else given
         rows.floor[slot] = policy.min_depth or 0
         rows.ceiling[slot] = policy.depth or (MANY if policy.max_depth is None else policy.max_depth)
-        rows.shed[slot] = full if policy.min_depth is None else policy.min_depth
+        rows.full[slot] = full
+        rows.shed[slot] = next((d for d in (policy.min_depth, self._min_depth) if d is not None), full)
         rows.early[slot] = policy.reason
 
     def _cut_chunks(self) -> None:
@@ -329,7 +356,13 @@ class Scheduler:
             early[tokens] = value >= threshold if name in AT_LEAST else value <= threshold
         early &= units >= rows.floor[owners]
         capped = units >= rows.ceiling[owners]
-        return early | capped, np.where(early, rows.early[owners], rows.capped[owners])
+        reasons = np.where(early, rows.early[owners], rows.capped[owners])
+        if self.governor.shed:
+            governed = units >= self.governor.ceilings(rows.full[owners], rows.shed[owners])
+            governed &= units < rows.full[owners]
+            reasons[governed & ~early & ~capped] = ExitReason.GOVERNED
+            capped |= governed
+        return early | capped, reasons
 
     def _streaks(self, tick: Tick, same: Floats) -> Floats:
         """Count on, for the tokens that want it, how often in a row the prediction has stayed the same."""

@@ -1,6 +1,6 @@
 """Between protobuf messages and what the gateway works with. Strict: what is not understood is refused, by name."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -8,8 +8,9 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from protos.fathom.v1 import inference_pb2 as pb
 from protos.fathom.v1 import models_pb2
 from serving.engine.core import FinishReason, Output, Usage
+from serving.engine.depth import DepthPolicy
 from serving.engine.description import Description
-from serving.engine.params import SamplingParams
+from serving.engine.params import Grammar, SamplingParams
 from serving.errors import InvalidArgumentError
 from serving.gateway.requests import Ask, Piece
 
@@ -51,7 +52,9 @@ def ask_from(request: pb.GenerateRequest) -> Ask:
     return Ask(
         prompt=_prompt(request),
         model=request.model,
-        params=params_from(request.sampling),
+        params=params_from(
+            request.sampling, policy_from(request.depth) if request.HasField("depth") else None
+        ),
         timeout_s=request.timeout_s if request.HasField("timeout_s") else None,
         request_id=request.request_id,
         priority=request.priority,
@@ -63,10 +66,41 @@ def ask_from_score(request: pb.ScoreRequest) -> Ask:
     return Ask(
         prompt=_prompt(request),
         model=request.model,
+        params=SamplingParams(depth=policy_from(request.depth) if request.HasField("depth") else None),
         timeout_s=request.timeout_s if request.HasField("timeout_s") else None,
         request_id=request.request_id,
         priority=request.priority,
     )
+
+
+def policy_from(depth: pb.DepthPolicy) -> DepthPolicy | None:
+    """None where the message names no policy and no bounds. Raises InvalidArgumentError."""
+    kind = depth.WhichOneof("policy")
+    fields: dict[str, Any] = {
+        name: getattr(depth, name) for name in ("min_depth", "max_depth", "width") if depth.HasField(name)
+    }
+    if kind is None:
+        return DepthPolicy(None, **fields) if fields else None
+    if kind == "fixed":
+        fields["depth"] = depth.fixed
+    elif kind == "chain":
+        fields["layers"] = tuple(depth.chain.layers)
+    elif kind in ("gate", "confidence", "converged"):
+        criterion = getattr(depth, kind)
+        if criterion.HasField("threshold"):
+            fields["threshold"] = criterion.threshold
+        if kind != "gate":
+            fields["measure"] = _measure(kind, criterion.measure)
+    return DepthPolicy(kind, **fields)
+
+
+def _measure(kind: str, number: int) -> str:
+    names = pb.DepthPolicy.Measure.keys()
+    if number not in pb.DepthPolicy.Measure.values():
+        raise InvalidArgumentError(f"depth.{kind}.measure", number, "is no such measure")
+    if number == pb.DepthPolicy.MEASURE_UNSPECIFIED:
+        return "probability" if kind == "confidence" else "latent_diff"
+    return str(names[number].lower())
 
 
 def _prompt(request: pb.GenerateRequest | pb.ScoreRequest) -> str | list[int]:
@@ -79,20 +113,30 @@ def _prompt(request: pb.GenerateRequest | pb.ScoreRequest) -> str | list[int]:
     return prompt
 
 
-def params_from(sampling: pb.SamplingParams) -> SamplingParams:
+def params_from(sampling: pb.SamplingParams, depth: DepthPolicy | None = None) -> SamplingParams:
     """Fields that are not there take the defaults. Raises InvalidArgumentError."""
-    given = {}
+    given: dict[str, Any] = {"depth": depth}
     for field, value in sampling.ListFields():
         if field.name == "logit_bias":
             given[field.name] = dict(value)
+        elif field.name == "grammar":
+            given[field.name] = grammar_from(value)
         elif field.is_repeated:
             given[field.name] = tuple(value)
         else:
             given[field.name] = value
     for field in sampling.DESCRIPTOR.fields:  # a field that is there with its zero value is not listed
-        if field.has_presence and sampling.HasField(field.name):
+        if field.has_presence and field.message_type is None and sampling.HasField(field.name):
             given[field.name] = getattr(sampling, field.name)
     return SamplingParams(**given)
+
+
+def grammar_from(grammar: pb.Grammar) -> Grammar:
+    """Raises InvalidArgumentError."""
+    kind = grammar.WhichOneof("grammar")
+    if kind is None:
+        raise InvalidArgumentError("grammar", None, "give json_schema, regex or lark")
+    return Grammar(kind, getattr(grammar, kind))
 
 
 def response_from(piece: Piece) -> pb.GenerateResponse:
@@ -106,6 +150,7 @@ def response_from(piece: Piece) -> pb.GenerateResponse:
         top_logprobs=[pb.TopLogprobs(token_ids=list(t), logprobs=list(t.values())) for t in out.top_logprobs],
         depths=out.depths,
         exit_reasons=out.exit_reasons,
+        text_lengths=piece.lengths,
     )
     if out.finish_reason is not None:
         response.finish_reason = FINISH[out.finish_reason]

@@ -42,6 +42,7 @@ class Piece:
     index: int
     text: str
     news: Output  # ids, depths, log-probabilities, finish_reason; usage in the last piece of the request
+    lengths: list[int] = field(default_factory=list)  # characters of the text that came with each token
 
 
 class Requests:
@@ -79,8 +80,9 @@ class Requests:
         """What a client is told of some news; nothing after a stop string."""
         if text.stopped:
             return None
-        said, used = text.feed(out.ids, last=out.finish_reason is not None)
-        piece = Piece(out.request_id, out.index, said, _cut(out, used))
+        parts, rest = text.feed(out.ids, last=out.finish_reason is not None)
+        said = "".join(parts) + rest
+        piece = Piece(out.request_id, out.index, said, _cut(out, len(parts)), [len(part) for part in parts])
         if text.stopped:
             piece.news.finish_reason = FinishReason.STOP
             if out.finish_reason is None:

@@ -49,8 +49,8 @@ def test_text_ends_before_the_first_stop_string(text: str, stops: list[str], cut
 def test_tokens_after_the_stop_do_not_count_and_an_ending_is_not_text() -> None:
     ids = TOKENIZER.encode("def f(x):").ids
     stream = TextStream(TOKENIZER, ["f("], frozenset())
-    text, used = stream.feed(ids, last=False)
-    assert stream.stopped and text == "def " and used < len(ids)
+    parts, rest = stream.feed(ids, last=False)
+    assert stream.stopped and "".join(parts) + rest == "def " and len(parts) < len(ids)
     ended = TextStream(TOKENIZER, [], frozenset({5}))
-    text, used = ended.feed([*ids, 5], last=True)
-    assert text == "def f(x):" and used == len(ids) + 1
+    parts, rest = ended.feed([*ids, 5], last=True)
+    assert "".join(parts) + rest == "def f(x):" and len(parts) == len(ids) + 1

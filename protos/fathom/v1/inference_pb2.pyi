@@ -70,7 +70,7 @@ class GenerateRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., depth: _Optional[_Union[DepthPolicy, _Mapping]] = ..., timeout_s: _Optional[float] = ..., request_id: _Optional[str] = ..., session_id: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
-    __slots__ = ("n", "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos", "logprobs")
+    __slots__ = ("n", "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos", "logprobs", "grammar")
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +94,7 @@ class SamplingParams(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     n: int
     max_tokens: int
     min_tokens: int
@@ -110,10 +111,21 @@ class SamplingParams(_message.Message):
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     ignore_eos: bool
     logprobs: int
-    def __init__(self, n: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ...) -> None: ...
+    grammar: Grammar
+    def __init__(self, n: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ...) -> None: ...
+
+class Grammar(_message.Message):
+    __slots__ = ("json_schema", "regex", "lark")
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    REGEX_FIELD_NUMBER: _ClassVar[int]
+    LARK_FIELD_NUMBER: _ClassVar[int]
+    json_schema: str
+    regex: str
+    lark: str
+    def __init__(self, json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., lark: _Optional[str] = ...) -> None: ...
 
 class DepthPolicy(_message.Message):
-    __slots__ = ("full", "fixed", "router", "gate", "confidence", "converged", "chain", "deadline", "min_depth", "max_depth")
+    __slots__ = ("full", "fixed", "router", "gate", "confidence", "converged", "chain", "deadline", "width", "min_depth", "max_depth")
     class Measure(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         MEASURE_UNSPECIFIED: _ClassVar[DepthPolicy.Measure]
@@ -154,6 +166,7 @@ class DepthPolicy(_message.Message):
     CONVERGED_FIELD_NUMBER: _ClassVar[int]
     CHAIN_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
     MIN_DEPTH_FIELD_NUMBER: _ClassVar[int]
     MAX_DEPTH_FIELD_NUMBER: _ClassVar[int]
     full: DepthPolicy.Unit
@@ -164,9 +177,10 @@ class DepthPolicy(_message.Message):
     converged: DepthPolicy.Criterion
     chain: Chain
     deadline: DepthPolicy.Unit
+    width: float
     min_depth: int
     max_depth: int
-    def __init__(self, full: _Optional[_Union[DepthPolicy.Unit, _Mapping]] = ..., fixed: _Optional[int] = ..., router: _Optional[_Union[DepthPolicy.Unit, _Mapping]] = ..., gate: _Optional[_Union[DepthPolicy.Criterion, _Mapping]] = ..., confidence: _Optional[_Union[DepthPolicy.Criterion, _Mapping]] = ..., converged: _Optional[_Union[DepthPolicy.Criterion, _Mapping]] = ..., chain: _Optional[_Union[Chain, _Mapping]] = ..., deadline: _Optional[_Union[DepthPolicy.Unit, _Mapping]] = ..., min_depth: _Optional[int] = ..., max_depth: _Optional[int] = ...) -> None: ...
+    def __init__(self, full: _Optional[_Union[DepthPolicy.Unit, _Mapping]] = ..., fixed: _Optional[int] = ..., router: _Optional[_Union[DepthPolicy.Unit, _Mapping]] = ..., gate: _Optional[_Union[DepthPolicy.Criterion, _Mapping]] = ..., confidence: _Optional[_Union[DepthPolicy.Criterion, _Mapping]] = ..., converged: _Optional[_Union[DepthPolicy.Criterion, _Mapping]] = ..., chain: _Optional[_Union[Chain, _Mapping]] = ..., deadline: _Optional[_Union[DepthPolicy.Unit, _Mapping]] = ..., width: _Optional[float] = ..., min_depth: _Optional[int] = ..., max_depth: _Optional[int] = ...) -> None: ...
 
 class Chain(_message.Message):
     __slots__ = ("layers",)
@@ -175,7 +189,7 @@ class Chain(_message.Message):
     def __init__(self, layers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("request_id", "index", "text", "token_ids", "logprobs", "top_logprobs", "depths", "exit_reasons", "finish_reason", "usage")
+    __slots__ = ("request_id", "index", "text", "token_ids", "logprobs", "top_logprobs", "depths", "exit_reasons", "finish_reason", "usage", "text_lengths")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -186,6 +200,7 @@ class GenerateResponse(_message.Message):
     EXIT_REASONS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_LENGTHS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     index: int
     text: str
@@ -196,7 +211,8 @@ class GenerateResponse(_message.Message):
     exit_reasons: _containers.RepeatedScalarFieldContainer[ExitReason]
     finish_reason: FinishReason
     usage: Usage
-    def __init__(self, request_id: _Optional[str] = ..., index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., depths: _Optional[_Iterable[int]] = ..., exit_reasons: _Optional[_Iterable[_Union[ExitReason, str]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+    text_lengths: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., depths: _Optional[_Iterable[int]] = ..., exit_reasons: _Optional[_Iterable[_Union[ExitReason, str]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., text_lengths: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TopLogprobs(_message.Message):
     __slots__ = ("token_ids", "logprobs")

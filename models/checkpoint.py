@@ -54,7 +54,7 @@ def _from_hub(repo: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "config.yaml"]
+    wanted = ["*.json", "*.safetensors", "*.jinja", "config.yaml"]
     try:
         return Path(snapshot_download(repo, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -110,6 +110,20 @@ class Checkpoint:
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{file}: not a tokenizer: {error}") from None
 
+    def chat(self) -> dict[str, str]:
+        """The chat template under "template", and the special tokens that it may name under theirs
+        ("bos_token" ...); empty where the checkpoint has no template."""
+        config = self._json("tokenizer_config.json")
+        file = self.folder / "chat_template.jinja"
+        template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {t.get("name"): t.get("template") for t in template}.get("default")
+        if not isinstance(template, str):
+            return {}
+        tokens = {name: value for name, value in config.items() if name.endswith("_token")}
+        texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in tokens.items()}
+        return {"template": template, **{name: text for name, text in texts.items() if isinstance(text, str)}}
+
     def weight_files(self) -> list[Path]:
         index = self._json("model.safetensors.index.json").get("weight_map", {})
         files = sorted({self.folder / str(name) for name in index.values()}) or sorted(
@@ -139,6 +153,21 @@ class Checkpoint:
                     f.seek(part * size // 16)
                     digest.update(f.read(1 << 14))
         return digest.hexdigest()[:32]
+
+    def stored(self) -> dict[str, int]:
+        """Bytes of all tensors, by the type that they are stored in (F32, BF16, ...)."""
+        sizes: dict[str, int] = {}
+        for file in self.weight_files():
+            try:
+                with file.open("rb") as f:
+                    header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+                entries = [entry for name, entry in header.items() if name != "__metadata__"]
+                for entry in entries:
+                    begin, end = entry["data_offsets"]
+                    sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - begin
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
+                raise CheckpointError(f"{file}: truncated or not safetensors") from None
+        return sizes
 
     def check(self, model: nn.Module, names: Names) -> None:
         """Compare names and shapes with what a model asks for, without reading the weights.

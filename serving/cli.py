@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,6 +109,22 @@ def models(target: Target, as_json: Annotated[bool, typer.Option("--json")] = Fa
             m.name, m.family, f"{m.parameters:,}", m.dtype, state, str(m.slots), str(m.replicas), str(m.max_depth)
         )
     Console().print(table)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="folder, zoo/NAME or Hub id")],
+    memory: Annotated[str | None, typer.Option(help="for all states together, as in 500MB or 16GiB")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Say what a checkpoint is, what serving it takes, and what is wrong with it."""
+    from models.inspection import inspect as look
+    from serving.inspection import as_table, bytes_of
+
+    report = look(checkpoint, None if memory is None else bytes_of("--memory", memory))
+    typer.echo(json.dumps(asdict(report))) if as_json else as_table(report)
+    if not report.usable:
+        raise typer.Exit(1)
 
 
 def _natural(flag: str, value: int) -> int:

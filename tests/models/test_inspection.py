@@ -1,0 +1,122 @@
+"""What `fathom inspect` says, of good checkpoints and of bad ones."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from models.inspection import inspect
+from models.load import load
+from models.state import StatePool
+from serving.cli import app
+from serving.errors import InvalidArgumentError
+from serving.inspection import bytes_of
+from tests.models.reference import publish
+
+AAREN: dict[str, Any] = {
+    "model_type": "aaren", "vocab_size": 31, "hidden_size": 12, "num_hidden_layers": 3, "num_heads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    publish(AAREN, tmp_path)
+    return tmp_path
+
+
+def test_figures_are_those_of_the_loaded_model(folder: Path) -> None:
+    model = load(folder, "float32").model
+    budget = 100_000
+    report = inspect(folder, budget)
+    assert report.usable
+    assert (report.family, report.layers, report.mixers) == ("aaren", 3, {"Aaren": 3})
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+    assert report.weights == {"F32": 4 * report.parameters}
+    assert report.flops_per_token == model.flops()
+    assert report.slots is not None
+    assert StatePool(model.layout(), report.slots).nbytes <= budget
+    assert StatePool(model.layout(), report.slots + 1).nbytes > budget
+
+
+def test_no_budget_no_slots(folder: Path) -> None:
+    assert inspect(folder).slots is None
+    assert inspect(folder, 1).slots == 0
+
+
+def change(folder: Path, **keys: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def cut_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\xff" * 20)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+BROKEN = {
+    "truncated": (cut, "model.safetensors: truncated"),
+    "no header": (cut_header, "model.safetensors: truncated or not safetensors"),
+    "pickle": (pickled, "pytorch_model.bin: pickle files are never loaded"),
+    "not json": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors"),
+    "foreign": (
+        lambda f: change(f, model_type="bert"),
+        "config.json: model_type = 'bert': must be one of ",
+    ),
+    "wider": (lambda f: change(f, hidden_size=14), "has shape [31, 12], the configuration asks for [31, 14]"),
+    "deeper": (lambda f: change(f, num_hidden_layers=4), "tensor layers.3.norm.weight [12] is missing"),
+    "shallower": (
+        lambda f: change(f, num_hidden_layers=2),
+        "tensor layers.2.mixer.k_proj.weight has no place",
+    ),
+    "impossible": (lambda f: change(f, num_heads=5), "hidden_size = 12 must be a multiple of num_heads = 5"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_bad_checkpoint_is_reported(case: str, folder: Path) -> None:
+    breaking, message = BROKEN[case]
+    breaking(folder)
+    result = CliRunner().invoke(app, ["inspect", str(folder), "--json"])
+    assert result.exit_code == 1
+    problems = json.loads(result.stdout)["problems"]
+    assert any(message in problem for problem in problems), problems
+    shown = CliRunner().invoke(app, ["inspect", str(folder)])
+    assert shown.exit_code == 1
+    assert "cannot be served:" in shown.stdout
+
+
+def test_a_good_one_is_shown(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["inspect", str(folder), "--memory", "1 MB"])
+    assert result.exit_code == 0, result.output
+    for part in ("aaren", "3 Aaren", "vocabulary of 31", "constant", "sequences that fit"):
+        assert part in result.stdout
+
+
+def test_growing_state_counts(tmp_path: Path) -> None:
+    llama = {"model_type": "llama", "vocab_size": 31, "hidden_size": 12, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 100}  # fmt: skip
+    publish(llama, tmp_path)
+    report = inspect(tmp_path, 1_000_000)
+    assert report.state_bytes_per_token == 2 * 12 * 4
+    assert report.tokens_per_sequence == 100
+    each = 100 * 2 * 12 * 4 + report.state_bytes_per_sequence  # type: ignore[operator]
+    assert report.slots == 1_000_000 // each - 1
+
+
+def test_sizes() -> None:
+    assert [bytes_of("memory", t) for t in ("7", "1.5kB", "2 MiB", "3GB")] == [7, 1500, 2 << 20, 3e9]
+    for wrong in ("", "much", "3 parsecs", "-1MB"):
+        with pytest.raises(InvalidArgumentError, match="memory"):
+            bytes_of("memory", wrong)

@@ -36,5 +36,9 @@ class DeadlineExceededError(RequestError):
     """The request's time was over before it was done."""
 
 
+class UnimplementedError(RequestError):
+    """Part of the protocol, but not served (yet)."""
+
+
 class ServeConfigError(Exception):
     """A serving file or an option that cannot be used, with the reason a person needs to mend it."""

@@ -19,7 +19,8 @@ from google.protobuf.message import Message
 from ray import serve
 from ray.serve import Application
 
-from serving.cluster.directory import BEAT_S, Entry, directory
+from serving.cluster.directory import BEAT_S, directory
+from serving.cluster.link import Entry
 from serving.config import GatewaySpec, ModelSpec, Strict, validated
 from serving.gateway.services import Call
 

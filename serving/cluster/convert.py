@@ -6,9 +6,8 @@ from typing import Any
 
 from protos.fathom.internal.v1 import engine_pb2 as wire
 from serving import errors
-from serving.engine.core import FinishReason, Output, Request, Usage
+from serving.engine.core import Failed, FinishReason, Output, Request, Usage
 from serving.engine.depth import DepthPolicy
-from serving.engine.loop import Failed
 from serving.engine.params import Grammar, SamplingParams
 
 _KINDS: dict[str, type[errors.RequestError]] = {

@@ -8,23 +8,16 @@ address. When the actor is gone, streams go on, and Ray restarts it; the replica
 
 import asyncio
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import ray
+
+from serving.cluster.link import Entry
 
 NAME = "fathom-directory"
 NAMESPACE = "fathom"
 BEAT_S = 1.0
 LEASE_S = 5.0  # a replica that has not been heard of for so long is forgotten
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    replica: str
-    model: str
-    address: str  # host:port of its Engine service
-    token: str  # that it asks of whoever calls
 
 
 class Directory:

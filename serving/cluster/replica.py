@@ -1,6 +1,7 @@
 """An engine replica: one model, its engine in a thread, and the stream over which gateways use it."""
 
 import asyncio
+import json
 import logging
 import secrets
 from collections.abc import AsyncIterator
@@ -15,8 +16,8 @@ from serving.cluster.link import SIGN_OF_LIFE_S, STREAM_OPTIONS, TOKEN_KEY
 from serving.cluster.metrics import EngineMetrics
 from serving.config import ModelSpec
 from serving.engine.build import build
-from serving.engine.core import Load, Output
-from serving.engine.loop import EngineLoop, Failed, News
+from serving.engine.core import Failed, Load, News, Output, Request
+from serving.engine.loop import EngineLoop
 from serving.errors import RequestError
 
 log = logging.getLogger("fathom.replica")
@@ -31,10 +32,12 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
         engine, loaded, self.description = build(spec, self.metrics)
         self.metrics.describe(self.description)
         self._tokenizer = loaded.tokenizer.to_str().encode() if loaded.tokenizer is not None else b""
+        self._chat = json.dumps(loaded.chat).encode() if loaded.chat else b""
         self._engine = engine
         self._loop = EngineLoop(engine, self._from_engine)
         self._events = events
         self._links: dict[str, _Link] = {}  # request id -> the gateway's stream that it came from
+        self._compiling: dict[str, asyncio.Task[None]] = {}  # requests whose grammar is not ready yet
         self._server: grpc.aio.Server | None = None
         self.token = secrets.token_hex(32)
 
@@ -66,7 +69,10 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
         reader = asyncio.create_task(self._read(requests, link))
         try:
             yield wire.Events(
-                description=self.description.to_json(), tokenizer=self._tokenizer, load=self._load()
+                description=self.description.to_json(),
+                tokenizer=self._tokenizer,
+                chat=self._chat,
+                load=self._load(),
             )
             while not reader.done():
                 events = await link.take(SIGN_OF_LIFE_S)
@@ -94,7 +100,7 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
                 self._submit(command.submit, link)
             elif command.HasField("cancel"):
                 index = command.cancel.index if command.cancel.HasField("index") else None
-                self._loop.cancel(command.cancel.request_id, index)
+                self._cancel(command.cancel.request_id, index)
 
     def _submit(self, submit: wire.Submit, link: "_Link") -> None:
         try:
@@ -103,7 +109,28 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
             link.put([Failed(submit.request_id, error)])
             return
         self._links[request.id] = link
-        self._loop.submit(request)
+        if request.params.grammar is None:
+            self._loop.submit(request)
+        else:
+            self._compiling[request.id] = asyncio.create_task(self._submit_compiled(request, link))
+
+    async def _submit_compiled(self, request: Request, link: "_Link") -> None:
+        """Submit a request after its grammar has been compiled, in a thread: others need not wait for it."""
+        try:
+            await asyncio.to_thread(self._engine.prepare, request)
+            if request.id in self._links:  # else it was cancelled meanwhile
+                self._loop.submit(request)
+        except RequestError as error:
+            self._links.pop(request.id, None)
+            link.put([Failed(request.id, error)])
+        finally:
+            del self._compiling[request.id]
+
+    def _cancel(self, request_id: str, index: int | None) -> None:
+        if request_id in self._compiling:
+            self._links.pop(request_id, None)
+        else:
+            self._loop.cancel(request_id, index)
 
     def _from_engine(self, news: News) -> None:
         with suppress(RuntimeError):  # the event loop is closing

@@ -182,3 +182,14 @@ class Load:
     slots: int
     running: int
     waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A request that the engine could not take, or lost."""
+
+    request_id: str
+    error: Exception
+
+
+News = list[Output | Failed]

@@ -6,11 +6,11 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 
+from serving.engine.backend import Runner
 from serving.engine.core import Chunk, FinishReason, Load, Output, Request, Sampled, Sequence, Tick, Usage
 from serving.engine.depth import DepthPolicy
 from serving.engine.grammar import Grammars
 from serving.engine.observer import Observer
-from serving.engine.runner import Runner
 from serving.engine.scheduler import Scheduler
 from serving.engine.slots import TokenBudget
 from serving.errors import InvalidArgumentError

@@ -4,24 +4,12 @@ import collections
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from serving.engine.core import Output, Request
+from serving.engine.core import Failed, News, Output, Request
 from serving.engine.engine import Engine
 from serving.errors import RequestError
 
 log = logging.getLogger("fathom.engine")
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A request that the engine could not take, or lost."""
-
-    request_id: str
-    error: Exception
-
-
-News = list[Output | Failed]
 
 
 class EngineLoop:

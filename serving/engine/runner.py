@@ -1,7 +1,7 @@
 """Runs ticks on a model: from row tables to tensors and back. The only part of the engine that knows torch."""
 
 from collections.abc import Sequence as Seq
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,39 +20,6 @@ from serving.engine.paths import PathTable
 from serving.engine.rows import Rows
 from serving.engine.sampler import Sampler
 from serving.errors import InvalidArgumentError
-
-
-class Runner(Protocol):
-    """What the engine asks of whatever runs its ticks."""
-
-    vocab_size: int
-    token_capacity: int | None  # entries of growing state that fit; None where the model has none
-    first_stage: int
-    final_stages: frozenset[int]
-    default_depth: DepthPolicy
-    fills: bool  # tokens that leave early write what they skip
-    one_by_one: frozenset[str]  # signals for which the tokens of a prompt have to come singly
-
-    def path(self, policy: DepthPolicy) -> Path:
-        """The path of tokens under a policy. Raises InvalidArgumentError for one that the model cannot follow."""
-
-    def admit(self, sequence: Sequence, endings: Seq[int]) -> None:
-        """Take a sequence's slots into service, their state as before the first token."""
-
-    def fork(self, source: Sequence, target: Sequence) -> None:
-        """Give a sequence in service the state of another."""
-
-    def release(self, sequence: Sequence) -> None:
-        """Take back what a sequence holds beside its slots."""
-
-    def run(self, tick: Tick, rows: Rows, paths: PathTable) -> Result:
-        """Run the tick's stage; a final stage gives tokens for its rows and for the ends of its prompts."""
-
-    def skip(self, tick: Tick, skipped: list[tuple[int, Ints, Ints]], rows: Rows) -> None:
-        """Write the state of what decoding rows skip; only asked for where `fills`."""
-
-    def flops(self, path: Path, units: float | None = None) -> float:
-        """Floating-point operations of a token on a path, to the end or to a depth."""
 
 
 class TorchRunner:

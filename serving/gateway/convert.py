@@ -58,6 +58,7 @@ def ask_from(request: pb.GenerateRequest) -> Ask:
         timeout_s=request.timeout_s if request.HasField("timeout_s") else None,
         request_id=request.request_id,
         priority=request.priority,
+        session_id=request.session_id,
     )
 
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
-from serving.cluster.directory import Entry
+from serving.cluster.link import Entry
 from serving.engine.description import Description
 from serving.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from serving.gateway.replicas import Replica

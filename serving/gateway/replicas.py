@@ -1,6 +1,7 @@
 """A gateway's side of the streams to the engine replicas."""
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -11,11 +12,12 @@ from tokenizers import Tokenizer
 from protos.fathom.internal.v1 import engine_pb2 as wire
 from protos.fathom.internal.v1 import engine_pb2_grpc
 from serving.cluster.convert import error_from, output_from, submit_from
-from serving.cluster.directory import Entry
+from serving.cluster.link import Entry
 from serving.cluster.link import SIGN_OF_LIFE_S, STREAM_OPTIONS, TOKEN_KEY
 from serving.engine.core import Output, Request
 from serving.engine.description import Description
 from serving.errors import UnavailableError
+from serving.gateway.chat import ChatTemplate
 
 log = logging.getLogger("fathom.gateway")
 
@@ -67,6 +69,7 @@ class Replica:
         self.entry = entry
         self.description: Description | None = None  # None until it has introduced itself
         self.tokenizer: Tokenizer | None = None
+        self.chat: ChatTemplate | None = None
         self.load = wire.Load()
         self.alive = True
         self._on_change = on_change
@@ -148,6 +151,7 @@ class Replica:
         if events.description:
             self.description = Description.from_json(events.description)
             self.tokenizer = Tokenizer.from_str(events.tokenizer.decode()) if events.tokenizer else None
+            self.chat = ChatTemplate(**json.loads(events.chat)) if events.chat else None
             self._on_change()
         for tokens in events.tokens:
             mailbox = self._mailboxes.get(tokens.request_id)

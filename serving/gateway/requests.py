@@ -4,22 +4,31 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from serving.config import GatewaySpec
 from serving.engine.core import FinishReason, Output, Request, Usage
 from serving.engine.params import SamplingParams
-from serving.errors import DeadlineExceededError, FailedPreconditionError, InvalidArgumentError, OverloadedError
+from serving.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    OverloadedError,
+    UnimplementedError,
+)
 from serving.gateway.fleet import Fleet
 from serving.gateway.replicas import Mailbox, Replica
 from serving.text import TextStream
 
 LONG_TEXT = 1 << 15  # characters; longer ones are encoded off the event loop
 MAX_REQUEST_ID = 128
+POOLINGS = ("mean", "last")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +41,9 @@ class Ask:
     timeout_s: float | None = None
     request_id: str = ""
     priority: int = 0
+    session_id: str = ""
+    add_special_tokens: bool = True  # those with which the tokenizer begins (and ends) a text
+    traceparent: str = ""  # of the caller's span, as W3C Trace Context writes it
 
 
 @dataclass(slots=True)
@@ -45,12 +57,33 @@ class Piece:
     lengths: list[int] = field(default_factory=list)  # characters of the text that came with each token
 
 
+@dataclass(slots=True)
+class Record:
+    """What became of a request, for logs and traces."""
+
+    method: str  # generate, score, embed
+    request_id: str
+    model: str
+    started: int = field(default_factory=time.time_ns)
+    traceparent: str = ""
+    prompt_tokens: int = 0
+    replica: str = ""
+    usage: Usage | None = None
+    finish_reason: FinishReason | None = None
+    error: BaseException | None = None
+
+
+Listener = Callable[[Record], None]
+
+
 class Requests:
     """Runs requests on a fleet of replicas."""
 
-    def __init__(self, fleet: Fleet, spec: GatewaySpec):
+    def __init__(self, fleet: Fleet, spec: GatewaySpec, listeners: Sequence[Listener] = ()):
+        """`listeners` are told of every request when it has ended."""
         self.fleet = fleet
         self._spec = spec
+        self._listeners = tuple(listeners)
         self._open = 0
 
     async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
@@ -58,13 +91,18 @@ class Requests:
 
         Raises RequestError; DeadlineExceededError after the pieces that were ready.
         """
-        prepared, tokenizer, eos = await self._prepare(ask, score=False)
+        with self._recorded("generate", ask) as record:
+            async for piece in self._generate(ask, record):
+                yield piece
+
+    async def _generate(self, ask: Ask, record: Record) -> AsyncIterator[Piece]:
+        prepared, tokenizer, eos = await self._prepare(ask, record)
         endings = frozenset((*(() if ask.params.ignore_eos else eos), *ask.params.stop_token_ids))
         texts = [TextStream(tokenizer, ask.params.stop, endings) for _ in range(ask.params.n)]
         if ask.params.stop and tokenizer is None:
             raise InvalidArgumentError("stop", ask.params.stop[0], "this model has no tokenizer: use stop_token_ids")
         gathered = _Usage()
-        async with aclosing(self._run(prepared, ask)) as news:
+        async with aclosing(self._run(prepared, ask, record)) as news:
             async for replica, out in news:
                 piece = self._piece(texts[out.index], replica, out)
                 usage = gathered.add(out, 0 if piece is None else len(piece.news.ids))
@@ -91,18 +129,48 @@ class Requests:
 
     async def score(self, ask: Ask) -> tuple[list[int], Output]:
         """The prompt's token ids, and the log-probability of each after the first. Raises RequestError."""
-        prepared, _, _ = await self._prepare(ask, score=True)
-        whole = Output(prepared.id, 0)
-        async with aclosing(self._run(prepared, ask)) as news:
-            async for _, out in news:
-                whole.extend(out)
-        if whole.finish_reason is FinishReason.DEADLINE:
-            raise DeadlineExceededError(f"timeout_s = {self._timeout(ask):g} is over")
+        return await self._read("score", ask, score=True)
+
+    async def embed(self, ask: Ask, pooling: str) -> tuple[list[int], Output]:
+        """The prompt's token ids, and in the output one vector for all of it: the "mean" or the "last" of the hidden
+        vectors that the head would see. Raises RequestError."""
+        if pooling not in POOLINGS:
+            raise InvalidArgumentError("pooling", pooling, f"must be one of {', '.join(POOLINGS)}")
+        return await self._read("embed", ask, embed=pooling)
+
+    async def _read(self, method: str, ask: Ask, **work: Any) -> tuple[list[int], Output]:
+        """All that the engine says of a prompt that nothing is generated after."""
+        with self._recorded(method, ask) as record:
+            prepared, _, _ = await self._prepare(ask, record, **work)
+            whole = Output(prepared.id, 0)
+            async with aclosing(self._run(prepared, ask, record)) as news:
+                async for _, out in news:
+                    whole.extend(out)
+            if whole.finish_reason is FinishReason.DEADLINE:
+                raise DeadlineExceededError(f"timeout_s = {self._timeout(ask):g} is over")
         return prepared.prompt, whole
 
-    async def _prepare(self, ask: Ask, score: bool) -> tuple[Request, Tokenizer | None, tuple[int, ...]]:
-        """Check everything that can be checked here, and turn text into ids."""
-        model = self.fleet.resolve(ask.model)
+    @contextmanager
+    def _recorded(self, method: str, ask: Ask) -> Iterator[Record]:
+        """Tells the listeners what became of the request inside."""
+        record = Record(method, ask.request_id, ask.model, traceparent=ask.traceparent)
+        try:
+            yield record
+        except (Exception, asyncio.CancelledError, GeneratorExit) as error:
+            record.error = error
+            raise
+        finally:
+            for listener in self._listeners:
+                listener(record)
+
+    async def _prepare(
+        self, ask: Ask, record: Record, **work: Any
+    ) -> tuple[Request, Tokenizer | None, tuple[int, ...]]:
+        """Check everything that can be checked here, and turn text into ids. `work`: what is wanted of the prompt, if
+        not continuations."""
+        model = record.model = self.fleet.resolve(ask.model)
+        if ask.session_id:
+            raise UnimplementedError("session_id: fathom.v1.Sessions is not served yet")
         self._timeout(ask)
         if len(ask.request_id) > MAX_REQUEST_ID:
             raise InvalidArgumentError("request_id", ask.request_id, f"at most {MAX_REQUEST_ID} characters")
@@ -116,15 +184,16 @@ class Requests:
         if isinstance(ids, str):
             if tokenizer is None:
                 raise FailedPreconditionError(f"model {model!r} has no tokenizer: give token ids, not text")
-            if len(ids) > LONG_TEXT:
-                ids = (await asyncio.to_thread(tokenizer.encode, ids)).ids
-            else:
-                ids = tokenizer.encode(ids).ids
-        limit = description.max_tokens - (not score)
+            encode = partial(tokenizer.encode, ids, add_special_tokens=ask.add_special_tokens)
+            ids = (await asyncio.to_thread(encode) if len(ids) > LONG_TEXT else encode()).ids
+            if not ids:
+                raise InvalidArgumentError("prompt", ask.prompt, "holds no token")
+        limit = description.max_tokens - (not work)
         if len(ids) > limit:
             raise InvalidArgumentError("prompt", f"{len(ids)} tokens", f"at most {limit} tokens fit this model")
-        if max(ids) >= description.vocab_size:
-            raise InvalidArgumentError("prompt", max(ids), f"token ids of this model are below {description.vocab_size}")
+        if min(ids) < 0 or max(ids) >= description.vocab_size:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            raise InvalidArgumentError("prompt", wrong, f"token ids of this model are below {description.vocab_size}")
         ask.params.check_vocabulary(description.vocab_size)
         if ask.params.n > description.slots:
             raise InvalidArgumentError("n", ask.params.n, f"this model has {description.slots} slots")
@@ -132,10 +201,11 @@ class Requests:
             id=ask.request_id or uuid.uuid4().hex,
             prompt=ids,
             params=ask.params,
-            score=score,
             seed=secrets.randbits(63) if ask.params.seed is None else ask.params.seed,
             priority=ask.priority,
+            **work,
         )
+        record.request_id, record.prompt_tokens = request.id, len(ids)
         return request, tokenizer, description.eos_token_ids
 
     def _timeout(self, ask: Ask) -> float:
@@ -147,19 +217,21 @@ class Requests:
             raise InvalidArgumentError("timeout_s", ask.timeout_s, limit)
         return ask.timeout_s
 
-    async def _run(self, request: Request, ask: Ask) -> AsyncIterator[tuple[Replica, Output]]:
+    async def _run(self, request: Request, ask: Ask, record: Record) -> AsyncIterator[tuple[Replica, Output]]:
         """The engine's news of a request, and which replica it came from."""
         if self._open >= self._spec.max_streams:
             raise OverloadedError(f"this gateway carries {self._open} streams, and no more")
         deadline = time.monotonic() + self._timeout(ask)
         replica = self.fleet.pick(self.fleet.resolve(ask.model))
+        record.replica = replica.entry.replica
         mailbox: Mailbox = replica.submit(request, deadline - time.monotonic())
         self._open += 1
         done = False
         try:
             while not done:
                 for out in await mailbox.take():
-                    done = done or out.usage is not None
+                    if out.usage is not None:
+                        done, record.usage, record.finish_reason = True, out.usage, out.finish_reason
                     yield replica, out
         finally:
             self._open -= 1

@@ -10,7 +10,7 @@ import asyncio
 import grpc
 from google.protobuf.message import Message
 
-from serving.cluster.directory import Entry
+from serving.cluster.link import Entry
 from serving.cluster.replica import EngineReplica
 from serving.config import GatewaySpec, ModelSpec
 from serving.gateway.fleet import Fleet

@@ -1,7 +1,7 @@
 """From a checkpoint to a model that is ready to serve."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -26,6 +26,7 @@ class LoadedModel:
     family: str
     tokenizer: Tokenizer | None
     fingerprint: str
+    chat: dict[str, str] = field(default_factory=dict)  # its chat template (see Checkpoint.chat)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -55,6 +56,7 @@ def load(
         family=str(checkpoint.config["model_type"]),
         tokenizer=checkpoint.tokenizer(),
         fingerprint=checkpoint.fingerprint(),
+        chat=checkpoint.chat(),
     )
 
 

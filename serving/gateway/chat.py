@@ -1,4 +1,4 @@
-"""From the messages of a conversation to the text that a model continues, by its checkpoint's own template."""
+"""From the messages of a conversation to the text that a model continues, by its own template."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,10 +26,11 @@ class ChatTemplate:
             self._fault = f"the chat template of this model cannot be used: {error}"
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """The prompt, special tokens written out, up to where the answer begins. `options` are the template's own.
+        """The prompt, special tokens written out, up to where the answer begins. `options` are the
+        template's own.
 
-        Raises FailedPreconditionError for a broken template, InvalidArgumentError for messages that it refuses.
-        """
+        Raises FailedPreconditionError for a broken template, InvalidArgumentError for messages that it
+        refuses."""
         if self._fault:
             raise FailedPreconditionError(self._fault)
         given = {"add_generation_prompt": True, **options}
@@ -64,7 +65,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     made.filters["tojson"] = _to_json
     made.globals["raise_exception"] = _raise
-    made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)  # as templates expect: local time
+    made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)  # templates expect local time
     return made
 
 

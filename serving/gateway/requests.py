@@ -92,27 +92,24 @@ class Requests:
         Raises RequestError; DeadlineExceededError after the pieces that were ready.
         """
         with self._recorded("generate", ask) as record:
-            async for piece in self._generate(ask, record):
-                yield piece
-
-    async def _generate(self, ask: Ask, record: Record) -> AsyncIterator[Piece]:
-        prepared, tokenizer, eos = await self._prepare(ask, record)
-        endings = frozenset((*(() if ask.params.ignore_eos else eos), *ask.params.stop_token_ids))
-        texts = [TextStream(tokenizer, ask.params.stop, endings) for _ in range(ask.params.n)]
-        if ask.params.stop and tokenizer is None:
-            raise InvalidArgumentError("stop", ask.params.stop[0], "this model has no tokenizer: use stop_token_ids")
-        gathered = _Usage()
-        async with aclosing(self._run(prepared, ask, record)) as news:
-            async for replica, out in news:
-                piece = self._piece(texts[out.index], replica, out)
-                usage = gathered.add(out, 0 if piece is None else len(piece.news.ids))
-                if piece is None and usage is not None:
-                    piece = Piece(prepared.id, out.index, "", Output(prepared.id, out.index))
-                if piece is not None:
-                    piece.news.usage = usage
-                    yield piece
-                if out.finish_reason is FinishReason.DEADLINE and usage is not None:
-                    raise DeadlineExceededError(f"timeout_s = {self._timeout(ask):g} is over")
+            prepared, tokenizer, eos = await self._prepare(ask, record)
+            endings = frozenset((*(() if ask.params.ignore_eos else eos), *ask.params.stop_token_ids))
+            texts = [TextStream(tokenizer, ask.params.stop, endings) for _ in range(ask.params.n)]
+            if ask.params.stop and tokenizer is None:
+                limit = "this model has no tokenizer: use stop_token_ids"
+                raise InvalidArgumentError("stop", ask.params.stop[0], limit)
+            gathered = _Usage()
+            async with aclosing(self._run(prepared, ask, record)) as news:
+                async for replica, out in news:
+                    piece = self._piece(texts[out.index], replica, out)
+                    usage = gathered.add(out, 0 if piece is None else len(piece.news.ids))
+                    if piece is None and usage is not None:
+                        piece = Piece(prepared.id, out.index, "", Output(prepared.id, out.index))
+                    if piece is not None:
+                        piece.news.usage = usage
+                        yield piece
+                    if out.finish_reason is FinishReason.DEADLINE and usage is not None:
+                        raise DeadlineExceededError(f"timeout_s = {self._timeout(ask):g} is over")
 
     def _piece(self, text: TextStream, replica: Replica, out: Output) -> Piece | None:
         """What a client is told of some news; nothing after a stop string."""
@@ -132,8 +129,8 @@ class Requests:
         return await self._read("score", ask, score=True)
 
     async def embed(self, ask: Ask, pooling: str) -> tuple[list[int], Output]:
-        """The prompt's token ids, and in the output one vector for all of it: the "mean" or the "last" of the hidden
-        vectors that the head would see. Raises RequestError."""
+        """The prompt's token ids, and in the output one vector for all of it: the "mean" or the "last" of the
+        hidden vectors that the head would see. Raises RequestError."""
         if pooling not in POOLINGS:
             raise InvalidArgumentError("pooling", pooling, f"must be one of {', '.join(POOLINGS)}")
         return await self._read("embed", ask, embed=pooling)
@@ -166,8 +163,8 @@ class Requests:
     async def _prepare(
         self, ask: Ask, record: Record, **work: Any
     ) -> tuple[Request, Tokenizer | None, tuple[int, ...]]:
-        """Check everything that can be checked here, and turn text into ids. `work`: what is wanted of the prompt, if
-        not continuations."""
+        """Check everything that can be checked here, and turn text into ids. `work`: what is wanted of the
+        prompt, if not continuations."""
         model = record.model = self.fleet.resolve(ask.model)
         if ask.session_id:
             raise UnimplementedError("session_id: fathom.v1.Sessions is not served yet")
@@ -188,12 +185,13 @@ class Requests:
             ids = (await asyncio.to_thread(encode) if len(ids) > LONG_TEXT else encode()).ids
             if not ids:
                 raise InvalidArgumentError("prompt", ask.prompt, "holds no token")
-        limit = description.max_tokens - (not work)
-        if len(ids) > limit:
-            raise InvalidArgumentError("prompt", f"{len(ids)} tokens", f"at most {limit} tokens fit this model")
+        most = description.max_tokens - (not work)
+        if len(ids) > most:
+            raise InvalidArgumentError("prompt", f"{len(ids)} tokens", f"at most {most} tokens fit this model")
         if min(ids) < 0 or max(ids) >= description.vocab_size:
             wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise InvalidArgumentError("prompt", wrong, f"token ids of this model are below {description.vocab_size}")
+            limit = f"token ids of this model are 0 to {description.vocab_size - 1}"
+            raise InvalidArgumentError("prompt", wrong, limit)
         ask.params.check_vocabulary(description.vocab_size)
         if ask.params.n > description.slots:
             raise InvalidArgumentError("n", ask.params.n, f"this model has {description.slots} slots")

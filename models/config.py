@@ -26,6 +26,13 @@ def one_of(name: str, known: Collection[str]) -> str:
     return name
 
 
+def _problem(file: object, details: dict[str, Any]) -> ConfigError:
+    """Of one entry of pydantic's list of errors."""
+    field = ".".join(str(part) for part in details["loc"])
+    value = None if details["type"] == "missing" else details["input"]
+    return ConfigError(file, field, value, details["msg"].removeprefix("Value error, "))
+
+
 class ModelConfig(BaseModel):
     """A `config.json`, validated.
 
@@ -66,13 +73,18 @@ class ModelConfig(BaseModel):
     def read(cls, raw: dict[str, Any], file: object) -> Self:
         """Validate a parsed config.json. Raises ConfigError naming the file, the field, its value and what it
         may be."""
+        for problem in cls.problems(raw, file):
+            raise problem
+        return cls.model_validate(raw)
+
+    @classmethod
+    def problems(cls, raw: dict[str, Any], file: object) -> list[ConfigError]:
+        """Everything that is wrong with a parsed config.json."""
         try:
-            return cls.model_validate(raw)
+            cls.model_validate(raw)
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or "configuration"
-            value = None if first["type"] == "missing" else first["input"]
-            raise ConfigError(file, field, value, first["msg"]) from None
+            return [_problem(file, dict(details)) for details in error.errors()]
+        return []
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -13,7 +13,8 @@ class ConfigError(ModelError):
     """A config.json that asks for something impossible or not supported."""
 
     def __init__(self, file: object, field: str, value: object, limit: str):
-        super().__init__(f"{file}: {field} = {value!r}: {limit}")
+        """Without a field the limit is between several, and names them and their values itself."""
+        super().__init__(f"{file}: {field} = {value!r}: {limit}" if field else f"{file}: {limit}")
         self.field = field
 
 

@@ -5,7 +5,7 @@ docs/formats.md lists every key and tensor.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import pydantic
 import torch.nn.functional as F
@@ -31,10 +31,9 @@ class GenericConfig(ModelConfig):
         return one_of(name, ACTIVATIONS)
 
     @classmethod
-    def read(cls, raw: dict[str, Any], file: object) -> Self:
-        for key in cls.unknown(raw):
-            raise ConfigError(file, key, raw[key], "is no key of this format")
-        return super().read(raw, file)
+    def problems(cls, raw: dict[str, Any], file: object) -> list[ConfigError]:
+        unknown = [ConfigError(file, key, raw[key], "is no key of this format") for key in cls.unknown(raw)]
+        return [*unknown, *super().problems(raw, file)]
 
     def heads_of(self, name: str, width: int, heads: int) -> int:
         """A width cut into heads. Raises ValueError where it cannot be."""

@@ -66,6 +66,9 @@ def _configuration(checkpoint: Checkpoint, report: Report, memory: float | None)
     declared = getattr(host, "Config", None)
     if isinstance(declared, type) and issubclass(declared, ModelConfig):
         report.ignored = declared.unknown(raw)
+        report.problems += [str(problem) for problem in declared.problems(raw, file)]
+        if report.problems:
+            return
     with torch.device("meta"):
         config, model = host.build(raw, file)
     _sizes(report, config, model, memory)

@@ -44,7 +44,7 @@ class Config(ModelConfig):
     linear_value_head_dim: int = pydantic.Field(128, gt=0)
     linear_num_key_heads: int = pydantic.Field(16, gt=0)
     linear_num_value_heads: int = pydantic.Field(32, gt=0)
-    num_experts: int = pydantic.Field(512, ge=0)
+    num_experts: int = pydantic.Field(512, ge=0, validate_default=True)
     decoder_sparse_step: int = pydantic.Field(1, gt=0)
     mlp_only_layers: tuple[int, ...] = ()
     layer_types: tuple[Kind, ...] | None = None

@@ -190,15 +190,26 @@ class Rotary:
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [T, H, D], positions [T] -> [T, H, D]."""
+        return self._turn(x, *self._angles(x, positions))
+
+    def both(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """q [T, Hq, D], k [T, Hk, D], positions [T]: as above."""
+        cos, sin = self._angles(q, positions)
+        return self._turn(q, cos, sin), self._turn(k, cos, sin)
+
+    def _angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, [T, 1, dim / 2] each."""
         if self._frequencies is None or self._frequencies.device != x.device:
             exponents = torch.arange(0, self.dim, 2, device=x.device).float() / self.dim
             self._frequencies = 1.0 / self.base**exponents
-        angles = (positions.float()[:, None] * self._frequencies)[:, None]  # [T, 1, dim / 2]
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        turned = x[..., : self.dim]
+        angles = (positions.float()[:, None] * self._frequencies)[:, None]
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turned, rest = x[..., : self.dim], x[..., self.dim :]
         if self.interleaved:
             a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
             turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-            return turned if self.dim == x.shape[-1] else torch.cat([turned, x[..., self.dim :]], -1)
+            return turned if self.dim == x.shape[-1] else torch.cat([turned, rest], -1)
         a, b = turned.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., self.dim :]], -1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)

@@ -79,7 +79,7 @@ class Attention(Mixer):
         """q, k, v by head -> the same, normed and rotated."""
         q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
         if self.rotary is not None:
-            q, k = self.rotary(q, positions), self.rotary(k, positions)
+            q, k = self.rotary.both(q, k, positions)
         return q, k, v
 
     def attend(

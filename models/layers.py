@@ -37,7 +37,8 @@ def saved_as(name: str, module: M) -> M:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32, over the last dimension of `size`."""
+    """x / rms(x) * weight, in float32, over the last dimension of `size`. What comes out is of the weight's
+    type."""
 
     def __init__(self, size: int, eps: float, affine: bool = True, bias: bool = False):
         super().__init__()
@@ -47,7 +48,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x, self.size, self.weight, self.eps)
+        y = F.rms_norm(
+            x if self.weight is None else x.to(self.weight.dtype), self.size, self.weight, self.eps
+        )
         return y if self.bias is None else y + self.bias
 
 

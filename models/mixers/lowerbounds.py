@@ -10,22 +10,17 @@ class LowerBounds(nn.Module):
     def __init__(self, layers: int, channels: int):
         super().__init__()
         self.lower_bounds = nn.Parameter(torch.empty(layers, channels))
-        self._logs: tuple[Tensor, Tensor] | None = None
+        self._logs: list[tuple[Tensor, Tensor]] = []
 
     def prepare(self) -> None:
-        """Once the weights are there, and stay as they are."""
-        self._logs = self._tables()
+        self._logs = [self._log_bound(layer) for layer in range(len(self.lower_bounds))]
 
-    def _tables(self) -> tuple[Tensor, Tensor]:
-        shares = self.lower_bounds.float().softmax(0)
-        bounds = shares.cumsum(0) - shares[0]
-        return bounds.log(), torch.log1p(-bounds)
+    def _log_bound(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Logs of a layer's bounds, and of what they leave, [channels] each. The first layer's are zero."""
+        bound = self.lower_bounds.float().softmax(0)[1 : layer + 1].sum(0)
+        return bound.log(), torch.log1p(-bound)
 
     def raise_log(self, log_gate: Tensor, layer: int) -> Tensor:
         """Log of a gate in (0, 1), [T, channels] -> log of the gate in (bound of the layer, 1)."""
-        bound, rest = self._logs or self._tables()
-        return torch.logaddexp(bound[layer], rest[layer] + log_gate)
-
-    def values(self, layer: int) -> Tensor:
-        """The bounds of one layer [channels]."""
-        return (self._logs or self._tables())[0][layer].exp()
+        bound, rest = self._logs[layer] if self._logs else self._log_bound(layer)
+        return torch.logaddexp(bound, rest + log_gate)

@@ -21,7 +21,8 @@ SMALL: dict[str, Raw] = {
         "linear_attn": {"num_heads": 3, "norm_feature_map": True, "feature_map": "hedgehog", **_MLP},
         "retnet": {"num_heads": 3, **_MLP},
         "rwkv6": {"num_heads": 3, "proj_low_rank_dim": 3, "gate_low_rank_dim": 4, **_MLP},
-        "rwkv7": {"head_dim": 6, "decay_low_rank_dim": 3, "gate_low_rank_dim": 3, "a_low_rank_dim": 3, **_MLP},
+        "rwkv7": {"head_dim": 6, "decay_low_rank_dim": 3, "gate_low_rank_dim": 3, "a_low_rank_dim": 2,
+                  "v_low_rank_dim": 2, **_MLP},
         "samba": {"state_size": 3, "attn": {"layers": [1], "num_heads": 3, "window_size": 4}, **_MLP},
         # transformers
         "falcon_mamba": {"state_size": 3, "layer_norm_epsilon": 1e-5},
@@ -31,7 +32,8 @@ SMALL: dict[str, Raw] = {
         "qwen3_next": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 0,
                        "linear_key_head_dim": 4, "linear_value_head_dim": 6, "linear_num_key_heads": 2,
                        "linear_num_value_heads": 4, "full_attention_interval": 2, **_MLP},
-        "recurrent_gemma": {"num_attention_heads": 3, "attention_window_size": 5, "num_hidden_layers": 3, **_MLP},
+        "recurrent_gemma": {"num_attention_heads": 3, "attention_window_size": 5, "num_hidden_layers": 3,
+                            **_MLP},
         "rwkv": {},
         "xlstm": {"num_heads": 3, "num_hidden_layers": 2},
         # our own

@@ -117,7 +117,9 @@ class Decoder(nn.Module):
         )
         self.chains = True  # a request may give the layers to run
         self.default_depth = "full"  # policy of a request that does not give one
-        self.signals: dict[str, int] = {}  # exit signals of its own (router, gate): the column of a row that holds them
+        self.signals: dict[
+            str, int
+        ] = {}  # exit signals of its own (router, gate): the column of a row that holds them
         # The final stage, where intermediate predictions go through its layers: tokens must come to it one by one then.
         self.predicts_through: int | None = None
         self.fills = False  # tokens that leave early write what they skip (see Batch.ghosts)

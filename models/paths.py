@@ -11,7 +11,9 @@ class Node:
 
     stage: int
     depth: int = 0  # which instance of the stage's state
-    occurrence: int = 0  # which of the sequence's slots holds it: a repeated layer of a chain has one for each pass
+    occurrence: int = (
+        0  # which of the sequence's slots holds it: a repeated layer of a chain has one for each pass
+    )
     units: int = 0  # depth that a token has reached once it is through; 0 where a stage adds none
     exit_to: int = NOWHERE  # node that a token goes to if it leaves here early
 

@@ -20,13 +20,18 @@ def _default_target() -> str:
 
 
 Target = Annotated[
-    str, typer.Option(envvar="FATHOM_TARGET", help="host:port of the gRPC service", default_factory=_default_target)
+    str,
+    typer.Option(
+        envvar="FATHOM_TARGET", help="host:port of the gRPC service", default_factory=_default_target
+    ),
 ]
 
 
 @app.command()
 def serve(
-    models: Annotated[list[str] | None, typer.Argument(help="checkpoint folders, zoo/NAME or Hub ids")] = None,
+    models: Annotated[
+        list[str] | None, typer.Argument(help="checkpoint folders, zoo/NAME or Hub ids")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file that says what to serve")] = None,
     grpc_port: Annotated[int | None, typer.Option(envvar="FATHOM_GRPC_PORT")] = None,
     http_port: Annotated[int | None, typer.Option(envvar="FATHOM_HTTP_PORT")] = None,
@@ -52,13 +57,19 @@ def generate(
     max_tokens: Annotated[int, typer.Option(help="tokens to generate at most")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token always")] = 0.7,
     top_k: Annotated[int, typer.Option(help="sample from so many likeliest tokens; 0: all")] = 0,
-    top_p: Annotated[float, typer.Option(help="sample from the likeliest tokens of so much probability")] = 0.95,
+    top_p: Annotated[
+        float, typer.Option(help="sample from the likeliest tokens of so much probability")
+    ] = 0.95,
     seed: Annotated[int | None, typer.Option(help="the same seed gives the same text")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="end before this string; may be given again")] = None,
     timeout: Annotated[float | None, typer.Option(help="seconds")] = None,
-    depth: Annotated[str | None, typer.Option(help="full, fixed(2), gate(0.8), confidence(entropy, 0.5), ...")] = None,
+    depth: Annotated[
+        str | None, typer.Option(help="full, fixed(2), gate(0.8), confidence(entropy, 0.5), ...")
+    ] = None,
     show_depth: Annotated[bool, typer.Option(help="colour each token by its depth")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print each message as a JSON object on a line")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print each message as a JSON object on a line")
+    ] = False,
 ) -> None:
     """Continue a prompt; the text streams."""
     from protos.fathom.v1 import inference_pb2 as pb
@@ -66,7 +77,9 @@ def generate(
     from serving.engine.depth import DepthPolicy
 
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
-    sampling = pb.SamplingParams(max_tokens=_natural("--max-tokens", max_tokens), temperature=temperature, top_p=top_p)
+    sampling = pb.SamplingParams(
+        max_tokens=_natural("--max-tokens", max_tokens), temperature=temperature, top_p=top_p
+    )
     sampling.top_k = _natural("--top-k", top_k)
     sampling.stop.extend(stop or [])
     if seed is not None:
@@ -106,7 +119,14 @@ def models(target: Target, as_json: Annotated[bool, typer.Option("--json")] = Fa
     for m in served:
         state = f"{m.state_bytes_per_sequence / 1e3:,.0f} kB"
         table.add_row(
-            m.name, m.family, f"{m.parameters:,}", m.dtype, state, str(m.slots), str(m.replicas), str(m.max_depth)
+            m.name,
+            m.family,
+            f"{m.parameters:,}",
+            m.dtype,
+            state,
+            str(m.slots),
+            str(m.replicas),
+            str(m.max_depth),
         )
     Console().print(table)
 

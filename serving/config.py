@@ -32,7 +32,9 @@ class ModelSpec(Strict):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     prefill_tokens: int = Field(256, ge=1, le=1 << 20)  # prompt tokens of one tick
     max_tokens: int | None = Field(None, ge=2)  # of prompt and continuation together
-    kv_tokens: int | None = Field(None, ge=16)  # of all sequences of a replica, where attention keeps every token
+    kv_tokens: int | None = Field(
+        None, ge=16
+    )  # of all sequences of a replica, where attention keeps every token
     max_waiting: int = Field(1024, ge=0)  # requests that one replica queues
     threads: int | None = Field(None, ge=1, le=1024)  # processor threads of one replica; all where not given
     cpus: float = Field(0.5, ge=0)  # that Ray sets aside for one replica
@@ -72,7 +74,9 @@ class ServeConfig(Strict):
     gateway: GatewaySpec = GatewaySpec()
     grpc_port: Port = 9000
     http_port: Port = 8000
-    ingress: Literal["proxy", "haproxy"] = "proxy"  # Ray Serve's own proxy, or HAProxy in front of the gateways
+    ingress: Literal["proxy", "haproxy"] = (
+        "proxy"  # Ray Serve's own proxy, or HAProxy in front of the gateways
+    )
     ray_address: str | None = None  # of a running cluster; a local one is started where not given
     startup_timeout_s: float = Field(300, gt=0)
 

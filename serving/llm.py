@@ -47,8 +47,8 @@ class Completion:
 class LLM:
     """A model ready to generate and score.
 
-        llm = LLM("zoo/gla")
-        llm.generate(["def read("], SamplingParams(temperature=0, max_tokens=32))[0].text
+    llm = LLM("zoo/gla")
+    llm.generate(["def read("], SamplingParams(temperature=0, max_tokens=32))[0].text
     """
 
     def __init__(
@@ -89,7 +89,9 @@ class LLM:
         self._ids = itertools.count()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
         """Continue each prompt: a string, or a list of token ids. One completion for each, in their order; with
         n > 1 its `outputs` holds them all.
@@ -127,7 +129,9 @@ class LLM:
         if not isinstance(prompt, str):
             return list(prompt)
         if self.tokenizer is None:
-            raise FailedPreconditionError(f"{self.loaded.name} has no tokenizer.json: give token ids, not text")
+            raise FailedPreconditionError(
+                f"{self.loaded.name} has no tokenizer.json: give token ids, not text"
+            )
         return self.tokenizer.encode(prompt).ids
 
     def _requests(
@@ -135,11 +139,15 @@ class LLM:
     ) -> list[Request]:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
-            raise InvalidArgumentError("params", len(each), f"must be one, or one for each of {len(prompts)} prompts")
+            raise InvalidArgumentError(
+                "params", len(each), f"must be one, or one for each of {len(prompts)} prompts"
+            )
         requests = []
         for prompt, chosen in zip(prompts, each, strict=True):
             seed = secrets.randbits(63) if chosen.seed is None else chosen.seed
-            requests.append(Request(str(next(self._ids)), self.encode(prompt), chosen, score=score, seed=seed))
+            requests.append(
+                Request(str(next(self._ids)), self.encode(prompt), chosen, score=score, seed=seed)
+            )
         submitted = []
         try:
             for request in requests:
@@ -179,7 +187,9 @@ class _Builder:
 
     def __init__(self, llm: LLM, request: Request, index: int):
         endings = () if request.params.ignore_eos else llm.loaded.eos_token_ids
-        self._text = TextStream(llm.tokenizer, request.params.stop, frozenset((*endings, *request.params.stop_token_ids)))
+        self._text = TextStream(
+            llm.tokenizer, request.params.stop, frozenset((*endings, *request.params.stop_token_ids))
+        )
         self._parts: list[str] = []
         self._all = Output(request.id, index)
         self._wants_logprobs = request.params.logprobs is not None

@@ -31,7 +31,9 @@ def imports(file: Path) -> set[str]:
 def test_imports_go_down_only(package: str) -> None:
     for file in (ROOT / package).rglob("*.py"):
         tops = {name.partition(".")[0] for name in imports(file)} & ALLOWED.keys()
-        assert tops <= ALLOWED[package] | {package}, f"{file.relative_to(ROOT)} imports {tops - ALLOWED[package]}"
+        assert tops <= ALLOWED[package] | {package}, (
+            f"{file.relative_to(ROOT)} imports {tops - ALLOWED[package]}"
+        )
 
 
 @pytest.mark.parametrize("folder", ["serving/engine", "serving/gateway"])
@@ -65,13 +67,17 @@ def test_generated_code_is_what_the_protos_say(tmp_path: Path) -> None:
     assert len(made) >= 9
     for path in made:
         checked_in = ROOT / "protos" / path.relative_to(tmp_path)
-        assert checked_in.read_text() == path.read_text(), f"{checked_in.relative_to(ROOT)}: run `make protos`"
+        assert checked_in.read_text() == path.read_text(), (
+            f"{checked_in.relative_to(ROOT)}: run `make protos`"
+        )
 
 
 def test_tracked_files_are_small() -> None:
     listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout")
-    sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.splitlines() if (ROOT / name).is_file()}
+    sizes = {
+        name: (ROOT / name).stat().st_size for name in listed.stdout.splitlines() if (ROOT / name).is_file()
+    }
     assert max(sizes.values()) <= 10_000_000, max(sizes, key=lambda name: sizes[name])
     assert sum(sizes.values()) <= 60_000_000

@@ -39,7 +39,12 @@ def tokenizer(vocab_size: int = 300) -> Tokenizer:
 
 
 def checkpoint(
-    folder: Path, config: dict[str, Any] | None = None, *, seed: int = 0, text: bool = True, scale: float = 1.5
+    folder: Path,
+    config: dict[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    text: bool = True,
+    scale: float = 1.5,
 ) -> Path:
     """A folder with random weights of a configuration, and with a tokenizer unless told otherwise."""
     config = config or GLA

@@ -157,7 +157,9 @@ class Huginn(LoopedDecoder):
         self, rows: Tensor, index: Tensor, batch: Batch, states: Sequence[LayerState] | None
     ) -> Tensor:
         """As the coda would give them now; its entries of these tokens are taken back."""
-        assert states is not None and batch.segments == len(batch.positions), "one token of a sequence at a time"
+        assert states is not None and batch.segments == len(batch.positions), (
+            "one token of a sequence at a time"
+        )
         chosen = torch.zeros(batch.segments, dtype=torch.bool, device=index.device).index_fill(0, index, True)
         probe = batch.select(chosen)[0].at_depth(0)
         x = self.end(rows[chosen, : self.hidden_size], rows[chosen, self.hidden_size :])
@@ -175,7 +177,11 @@ def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:
 def names(raw: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     """Layers are numbered through here, and within prelude, core and coda there."""
     c = Config.read(raw, "config.json")
-    parts = {"prelude": c.n_layers_in_prelude, "core_block": c.n_layers_in_recurrent_block, "coda": c.n_layers_in_coda}
+    parts = {
+        "prelude": c.n_layers_in_prelude,
+        "core_block": c.n_layers_in_recurrent_block,
+        "coda": c.n_layers_in_coda,
+    }
     numbered, at = [], 0
     for part, count in parts.items():
         numbered += [(rf"^layers\.{at + i}\.", f"transformer.{part}.{i}.") for i in range(count)]

@@ -60,7 +60,9 @@ class LoopedDecoder(Decoder):
         end = len(layers) - loop.coda
         core = range(loop.prelude, end)
         prelude = [Stage("prelude", range(loop.prelude))] if loop.prelude or loop.entry else []
-        cores = [Stage(f"core {i}", range(i, i + 1)) for i in core] if loop.sequence else [Stage("core", core)]
+        cores = (
+            [Stage(f"core {i}", range(i, i + 1)) for i in core] if loop.sequence else [Stage("core", core)]
+        )
         self.stages = (*prelude, *cores, Stage("coda", range(end, len(layers)), head=True))
         self.cores = range(len(prelude), len(prelude) + len(cores))
         if loop.gate:
@@ -146,7 +148,9 @@ class LoopedDecoder(Decoder):
 
     def embed(self, ids: Tensor) -> Tensor:
         x = super().embed(ids)
-        return self._row(x, x.new_zeros(len(x), self.rest)) if self.cores[0] else self._row(*self.begin(x, None))
+        return (
+            self._row(x, x.new_zeros(len(x), self.rest)) if self.cores[0] else self._row(*self.begin(x, None))
+        )
 
     def run(self, stage: int, rows: Tensor, batch: Batch, states: Sequence[LayerState] | None) -> Tensor:
         """As every decoder; the last stage returns the hidden vectors alone."""
@@ -168,13 +172,23 @@ class LoopedDecoder(Decoder):
         return self.logits(self.end(x, rest))
 
     def _pass(
-        self, stage: int, rows: Tensor, x: Tensor, rest: Tensor, batch: Batch, states: Sequence[LayerState] | None
+        self,
+        stage: int,
+        rows: Tensor,
+        x: Tensor,
+        rest: Tensor,
+        batch: Batch,
+        states: Sequence[LayerState] | None,
     ) -> Tensor:
         """One pass through a core. Ghosts give each layer what they gave it last, or their hidden vector."""
         self.token_depths.value = batch.token_depths
         ghosts = None if batch.ghosts is None else batch.ghosts[:, None]
         last_exited = self.loop.skipped == "last_exited"
-        kept = rows[:, self.hidden_size + self.rest :].unflatten(-1, (-1, self.hidden_size)) if last_exited else None
+        kept = (
+            rows[:, self.hidden_size + self.rest :].unflatten(-1, (-1, self.hidden_size))
+            if last_exited
+            else None
+        )
         y, given = self.enter(x, rest, batch), []
         for j, i in enumerate(self.stages[stage].layers):
             if ghosts is not None:

@@ -1,6 +1,6 @@
 """Relaxation: a low-rank update of the core's projections for each depth (arXiv 2410.20672, eq. 2).
 
-    y = W x + B_d A_d x        A_d: [r, in], B_d: [out, r], for the depth d of the token
+y = W x + B_d A_d x        A_d: [r, in], B_d: [out, r], for the depth d of the token
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,9 @@ class TokenDepths:
 class DepthLora(nn.Module):
     """The updates of one projection, or of the several that a Packed computes as one: each has factors of its own."""
 
-    def __init__(self, projection: nn.Module, depths: int, rank: int, scale: float, token_depths: TokenDepths):
+    def __init__(
+        self, projection: nn.Module, depths: int, rank: int, scale: float, token_depths: TokenDepths
+    ):
         super().__init__()
         weight = projection.weight
         assert isinstance(weight, Tensor)

@@ -159,7 +159,9 @@ class MixtureOfRecursions(LoopedDecoder):
     def _untied(self, c: llama.Config, count: int) -> Block:
         copies = [llama.block(c) for _ in range(count)]
         mixer = MixerPerDepth([b.mixer for b in copies], self.token_depths)
-        norms = (PerDepth([getattr(b, n) for b in copies], self.token_depths) for n in ("mixer_norm", "mlp_norm"))
+        norms = (
+            PerDepth([getattr(b, n) for b in copies], self.token_depths) for n in ("mixer_norm", "mlp_norm")
+        )
         mixer_norm, mlp_norm = norms
         mlps = [b.mlp for b in copies if b.mlp is not None]
         return Block(mixer_norm, mixer, mlp_norm, PerDepth(mlps, self.token_depths))
@@ -187,7 +189,9 @@ class ExpertChoice(MixtureOfRecursions):
 
     def leave(self, before: Tensor, x: Tensor, rest: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         logit = rest[:, :1]
-        weight = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}.get(self.expert.router_func or "", lambda s: s)(logit)
+        weight = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}.get(
+            self.expert.router_func or "", lambda s: s
+        )(logit)
         if self.expert.router_func is not None:
             weight = weight * self.expert.alpha
         x = before + (weight * x if self.expert.gating == "weighted" else x)
@@ -198,7 +202,9 @@ class ExpertChoice(MixtureOfRecursions):
         """[T, 2]: the logit for the recursion that a token stands before, and 1 where it is not to enter it."""
         logit = self.routers(x / self.mor.temp, recursion)
         judge = logit if self.aux_routers is None else self.aux_routers(x, recursion)
-        enters = (judge >= 0) | torch.tensor([s >= 1 for s in self.shares], device=x.device)[recursion][:, None]
+        enters = (judge >= 0) | torch.tensor([s >= 1 for s in self.shares], device=x.device)[recursion][
+            :, None
+        ]
         return torch.cat([logit, (~enters).to(x.dtype)], -1)
 
 
@@ -249,7 +255,9 @@ def read(raw: dict[str, Any], file: object) -> tuple[llama.Config, Yaml]:
     c = llama.Config.read(raw, file)
     where = f"{file} (config.yaml beside it)"
     if not isinstance(raw.get("yaml"), dict):
-        raise ConfigError(where, "config.yaml", None, "a Mixture-of-Recursions checkpoint needs its training configuration")
+        raise ConfigError(
+            where, "config.yaml", None, "a Mixture-of-Recursions checkpoint needs its training configuration"
+        )
     try:
         y = Yaml.model_validate(raw["yaml"])
         shares = y.capacities
@@ -265,7 +273,9 @@ def read(raw: dict[str, Any], file: object) -> tuple[llama.Config, Yaml]:
     if len(shares) != n or not all(0 < share <= 1 for share in shares):
         raise ConfigError(where, "mor.capacity", y.mor.capacity, f"must be {n} shares above 0, at most 1")
     if y.skipped != "absent" and y.mor.type == "expert" and shares[0] < 1:
-        raise ConfigError(where, "mor.capacity", y.mor.capacity, "must begin with 1 where kv_sharing is enabled")
+        raise ConfigError(
+            where, "mor.capacity", y.mor.capacity, "must begin with 1 where kv_sharing is enabled"
+        )
     return c, y
 
 

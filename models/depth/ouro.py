@@ -17,7 +17,9 @@ from models.state import LayerState
 class Config(llama.Config):
     total_ut_steps: int = pydantic.Field(4, gt=0, le=256)
     early_exit_threshold: float = pydantic.Field(1.0, ge=0, le=1)
-    early_exit_step: int | None = pydantic.Field(None, ge=0)  # counted from 0: the loop after which every token leaves
+    early_exit_step: int | None = pydantic.Field(
+        None, ge=0
+    )  # counted from 0: the loop after which every token leaves
     use_sliding_window: Literal[False] = False
     skipped: Skipped = "last_exited"  # type: ignore[assignment]  # ours: the published code runs all loops always
     exits: tuple[()] = ()  # type: ignore[assignment]
@@ -25,7 +27,9 @@ class Config(llama.Config):
     @pydantic.model_validator(mode="after")
     def _reachable(self) -> "Config":
         if self.early_exit_step is not None and self.early_exit_step >= self.total_ut_steps:
-            raise ValueError(f"early_exit_step = {self.early_exit_step}: total_ut_steps is {self.total_ut_steps}")
+            raise ValueError(
+                f"early_exit_step = {self.early_exit_step}: total_ut_steps is {self.total_ut_steps}"
+            )
         return self
 
     @property

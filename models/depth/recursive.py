@@ -31,7 +31,9 @@ class Config(BaseModel):
     num_recursions: int = pydantic.Field(gt=0, le=256)
     skipped: Skipped = "absent"
     lora_rank: int = pydantic.Field(0, ge=0)
-    lora_alpha: float | None = pydantic.Field(None, gt=0)  # the update is scaled by alpha / rank; by 1 without
+    lora_alpha: float | None = pydantic.Field(
+        None, gt=0
+    )  # the update is scaled by alpha / rank; by 1 without
     exit_gate: bool = False
     default_depth: str = "full"  # depth policy of requests that do not give one
 
@@ -78,15 +80,23 @@ def build(raw: dict[str, Any], file: object) -> tuple[ModelConfig, Decoder]:
 
 def _check(c: Config, base: Decoder, file: object) -> None:
     if type(base) is not Decoder:
-        raise ConfigError(file, "base.model_type", c.base.get("model_type"), "only a plain stack can be looped")
+        raise ConfigError(
+            file, "base.model_type", c.base.get("model_type"), "only a plain stack can be looped"
+        )
     if len(base.layers) <= 2 * c.outside:
         raise ConfigError(file, "base.num_hidden_layers", len(base.layers), f"leaves no core for {c.sharing}")
     core = base.blocks[c.outside : len(base.layers) - c.outside]
-    attends = all(isinstance(mixer, Attention) and mixer.window is None for block in core for mixer in block.mixers)
+    attends = all(
+        isinstance(mixer, Attention) and mixer.window is None for block in core for mixer in block.mixers
+    )
     if c.skipped == "shared" and not attends:
-        raise ConfigError(file, "skipped", c.skipped, "only full attention can share its entries between depths")
+        raise ConfigError(
+            file, "skipped", c.skipped, "only full attention can share its entries between depths"
+        )
     if c.skipped == "last_exited" and "sequence" in c.sharing:
-        raise ConfigError(file, "skipped", c.skipped, f"sharing = {c.sharing} has no last depth to take entries from")
+        raise ConfigError(
+            file, "skipped", c.skipped, f"sharing = {c.sharing} has no last depth to take entries from"
+        )
 
 
 def names(raw: dict[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -26,7 +26,9 @@ def encoded(texts: tuple[str, ...], tokenizer: Tokenizer, cache: Path) -> npt.ND
     return np.load(cache)  # type: ignore[no-any-return]
 
 
-def crops(tokens: npt.NDArray[np.uint16], seed: int, step: int, count: int, length: int) -> tuple[Tensor, Tensor]:
+def crops(
+    tokens: npt.NDArray[np.uint16], seed: int, step: int, count: int, length: int
+) -> tuple[Tensor, Tensor]:
     """`count` random windows: inputs and targets, packed [count * length] each."""
     rng = np.random.Generator(np.random.PCG64([seed, step]))
     starts = rng.integers(0, len(tokens) - length - 1, count)

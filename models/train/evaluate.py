@@ -31,14 +31,18 @@ def bits_per_byte(model: Decoder, tokenizer: Tokenizer, texts: tuple[str, ...]) 
             for stage in range(len(model.stages)):
                 rows = model.run(stage, rows, batch, pool.layers)
             targets = ids[start + 1 : start + 1 + len(chunk)]
-            loss = torch.nn.functional.cross_entropy(model.logits(rows)[: len(targets)], targets, reduction="sum")
+            loss = torch.nn.functional.cross_entropy(
+                model.logits(rows)[: len(targets)], targets, reduction="sum"
+            )
             bits += loss.item() / math.log(2)
     return bits / sum(len(text.encode()) for text in texts)
 
 
 def _one(start: int, length: int, device: torch.device) -> Batch:
     index = torch.tensor([1], device=device), torch.tensor([0], device=device)
-    return Batch(*index, torch.tensor([0, length], device=device), torch.arange(start, start + length, device=device))
+    return Batch(
+        *index, torch.tensor([0, length], device=device), torch.arange(start, start + length, device=device)
+    )
 
 
 def compressors(texts: tuple[str, ...]) -> dict[str, float]:

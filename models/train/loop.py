@@ -40,7 +40,6 @@ class Recipe:
     warmup: int = 100
     seed: int = 0
 
-
     def shape(self, step: int) -> tuple[int, int]:
         """Sequences of a step, and tokens of each."""
         length = self.length if step < self.long_from * self.steps else self.long_length
@@ -94,7 +93,9 @@ class Optimiser:
                 prefix = f"{i}.{j}."
                 kept = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                 # Step counts stay on the CPU, as the optimisers keep them.
-                part.state[parameter] = {k: v if v.dim() == 0 else v.to(parameter.device) for k, v in kept.items()}
+                part.state[parameter] = {
+                    k: v if v.dim() == 0 else v.to(parameter.device) for k, v in kept.items()
+                }
 
 
 def train(model: Decoder, recipe: Recipe, tokens: npt.NDArray[np.uint16], folder: Path) -> None:
@@ -110,7 +111,9 @@ def train(model: Decoder, recipe: Recipe, tokens: npt.NDArray[np.uint16], folder
         TimeRemainingColumn(),
     )
     with Progress(*columns) as progress:
-        task = progress.add_task(recipe.name, total=recipe.steps, completed=first, loss=float("nan"), rate=0.0)
+        task = progress.add_task(
+            recipe.name, total=recipe.steps, completed=first, loss=float("nan"), rate=0.0
+        )
         smoothed, begun = float("nan"), time.monotonic()
         for step in range(first, recipe.steps):
             sequences, length = recipe.shape(step)
@@ -130,7 +133,10 @@ def train(model: Decoder, recipe: Recipe, tokens: npt.NDArray[np.uint16], folder
             if (step + 1) % 100 == 0 or step + 1 == recipe.steps:
                 _keep(model, optimiser, folder, step + 1)
                 if not progress.console.is_terminal:
-                    print(f"{recipe.name}: step {step + 1}/{recipe.steps} loss {smoothed:.4f} {rate:,.0f} tokens/s", flush=True)
+                    print(
+                        f"{recipe.name}: step {step + 1}/{recipe.steps} loss {smoothed:.4f} {rate:,.0f} tokens/s",
+                        flush=True,
+                    )
 
 
 def _keep(model: Decoder, optimiser: Optimiser, folder: Path, step: int) -> None:
@@ -154,6 +160,8 @@ def _resume(model: Decoder, optimiser: Optimiser, folder: Path) -> int:
         return 0
     tensors = load_file(str(file))
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    optimiser.load({k.removeprefix("optimiser."): v for k, v in tensors.items() if k.startswith("optimiser.")})
+    optimiser.load(
+        {k.removeprefix("optimiser."): v for k, v in tensors.items() if k.startswith("optimiser.")}
+    )
     with safe_open(str(file), framework="pt") as opened:
         return int(json.loads(opened.metadata()["step"]))

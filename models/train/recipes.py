@@ -74,7 +74,12 @@ MOR = Recipe(
                 "type": "expert",
                 "router_type": "linear",
                 "temp": 1.0,
-                "expert": {"router_func": "sigmoid", "alpha": 0.1, "sampling": "aux_loss", "gating": "weighted"},
+                "expert": {
+                    "router_func": "sigmoid",
+                    "alpha": 0.1,
+                    "sampling": "aux_loss",
+                    "gating": "weighted",
+                },
             },
         },
     },

@@ -16,13 +16,20 @@ def run(model: str, batches: list[int], dtype: str, threads: int | None) -> None
     rows = []
     for batch in batches:
         step = step_seconds(llm, batch)
-        rows.append({"batch": batch, "tokens_per_s": round(batch / step, 1), "share_of_limit": round(limit / step, 4)})
+        rows.append(
+            {"batch": batch, "tokens_per_s": round(batch / step, 1), "share_of_limit": round(limit / step, 4)}
+        )
     report(
         f"{model}, {llm.loaded.model.dtype}, {weights / 1e6:.1f} MB of weights, {torch.get_num_threads()} threads; "
         f"reading them once takes {1e3 * limit:.2f} ms",
         ("batch", "tokens/s", "ms a step", "share of the limit"),
         (
-            (str(r["batch"]), f"{r['tokens_per_s']:,.0f}", f"{1e3 * r['batch'] / r['tokens_per_s']:.2f}", f"{r['share_of_limit']:.1%}")
+            (
+                str(r["batch"]),
+                f"{r['tokens_per_s']:,.0f}",
+                f"{1e3 * r['batch'] / r['tokens_per_s']:.2f}",
+                f"{r['share_of_limit']:.1%}",
+            )
             for r in rows
         ),
         {"bench": "decode", "rows": rows},

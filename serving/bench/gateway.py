@@ -22,14 +22,18 @@ from serving.engine.params import SamplingParams
 PROMPT = [1, 2, 3, 4]
 
 
-def run(model: str, requests: int, streams: int, tokens: int, ingress: str, grpc_port: int, http_port: int) -> None:
+def run(
+    model: str, requests: int, streams: int, tokens: int, ingress: str, grpc_port: int, http_port: int
+) -> None:
     """Latency: one request of one token at a time, from call to answer. Throughput: `streams` streams of `tokens`
     tokens at once, on a model so small that the way to the client is what limits."""
     inside = in_process(model, requests)
     options = {"grpc_port": grpc_port, "http_port": http_port, "ingress": ingress}
     with tempfile.TemporaryDirectory() as folder:
         nothing = tiny(Path(folder))
-        config = ServeConfig.parse({"models": [model, {"path": str(nothing), "slots": streams}], **options}, "bench")
+        config = ServeConfig.parse(
+            {"models": [model, {"path": str(nothing), "slots": streams}], **options}, "bench"
+        )
         with running(config):
             target, name = f"localhost:{grpc_port}", config.models[0].name
             outside = asyncio.run(through_grpc(target, name, requests))
@@ -39,7 +43,11 @@ def run(model: str, requests: int, streams: int, tokens: int, ingress: str, grpc
         f"{model} through Ray Serve's {ingress}",
         ("", "in-process", "through gRPC"),
         (
-            ("p50 of one token, ms", f"{1e3 * statistics.median(inside):.2f}", f"{1e3 * statistics.median(outside):.2f}"),
+            (
+                "p50 of one token, ms",
+                f"{1e3 * statistics.median(inside):.2f}",
+                f"{1e3 * statistics.median(outside):.2f}",
+            ),
             (f"messages/s, {streams} streams", "", f"{rate:,.0f}"),
             (f"tokens/s, {streams} streams", "", f"{token_rate:,.0f}"),
         ),
@@ -75,7 +83,9 @@ async def through_grpc(target: str, model: str, requests: int) -> list[float]:
     async with grpc.aio.insecure_channel(target) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
         request = pb.GenerateRequest(
-            model=model, tokens=pb.TokenIds(ids=PROMPT), sampling=pb.SamplingParams(temperature=0, max_tokens=1)
+            model=model,
+            tokens=pb.TokenIds(ids=PROMPT),
+            sampling=pb.SamplingParams(temperature=0, max_tokens=1),
         )
         for _ in range(requests):
             start = time.perf_counter()

@@ -95,7 +95,9 @@ def output_from(tokens: wire.Tokens) -> Output:
 
 
 def failure(failed: Failed) -> wire.Failure:
-    return wire.Failure(request_id=failed.request_id, code=type(failed.error).__name__, message=str(failed.error))
+    return wire.Failure(
+        request_id=failed.request_id, code=type(failed.error).__name__, message=str(failed.error)
+    )
 
 
 def error_from(message: wire.Failure) -> Exception:

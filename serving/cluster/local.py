@@ -67,7 +67,9 @@ def running(config: ServeConfig, stop: threading.Event | None = None) -> Iterato
         names = [spec.name for spec in config.models]
         front = app.gateway({"spec": config.gateway.model_dump(), "models": names})
         targets = [ray_serve.RunTarget(front, APPLICATION, "/")]
-        targets += [ray_serve.RunTarget(app.model(m.model_dump()), _application(m.name), None) for m in config.models]
+        targets += [
+            ray_serve.RunTarget(app.model(m.model_dump()), _application(m.name), None) for m in config.models
+        ]
         ray_serve.run_many(targets, wait_for_applications_running=False)
         _wait(config, stop)
         yield _ready_line(config)
@@ -92,13 +94,17 @@ def _ready_line(config: ServeConfig) -> str:
 
 def _check_ports(config: ServeConfig) -> None:
     for name, port in (("grpc_port", config.grpc_port), ("http_port", config.http_port)):
-        with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        with socket.socket(
+            socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET, socket.SOCK_STREAM
+        ) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("::" if socket.has_ipv6 else "0.0.0.0", port))
             except OSError as error:
                 flag = "--" + name.replace("_", "-")
-                raise ServeConfigError(f"{name} = {port}: in use or not allowed ({error.strerror}); choose with {flag}") from None
+                raise ServeConfigError(
+                    f"{name} = {port}: in use or not allowed ({error.strerror}); choose with {flag}"
+                ) from None
 
 
 def _check_models(config: ServeConfig) -> None:
@@ -133,8 +139,12 @@ def _wait(config: ServeConfig, stop: threading.Event | None) -> None:
             if name in states and states[name].status in ("DEPLOY_FAILED", "UNHEALTHY"):
                 raise ServeConfigError(f"{name} does not start: {_reason(states[name])}")
         if time.monotonic() > deadline:
-            reasons = "; ".join(f"{n}: {_reason(states[n]) if n in states else 'not deployed'}" for n in waiting)
-            raise ServeConfigError(f"not ready after startup_timeout_s = {config.startup_timeout_s:g}: {reasons}")
+            reasons = "; ".join(
+                f"{n}: {_reason(states[n]) if n in states else 'not deployed'}" for n in waiting
+            )
+            raise ServeConfigError(
+                f"not ready after startup_timeout_s = {config.startup_timeout_s:g}: {reasons}"
+            )
         if stop is not None and stop.wait(0.1):
             raise KeyboardInterrupt
         time.sleep(0 if stop is not None else 0.1)

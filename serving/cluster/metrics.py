@@ -4,7 +4,14 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
@@ -83,7 +90,9 @@ class EngineMetrics(Observer):
             return Gauge(f"fathom:{name}", text, names, registry=self.registry).labels(*values)
 
         self._ttft = histogram("time_to_first_token_seconds", "From arrival in the engine to the first token")
-        self._itl = BulkHistogram("fathom:inter_token_latency_seconds", "Between successive tokens of a sequence", labels)
+        self._itl = BulkHistogram(
+            "fathom:inter_token_latency_seconds", "Between successive tokens of a sequence", labels
+        )
         self.registry.register(self._itl)
         self._e2e = histogram("e2e_request_latency_seconds", "From arrival in the engine to the last token")
         self._queue = histogram("request_queue_time_seconds", "From arrival to a slot")
@@ -110,7 +119,9 @@ class EngineMetrics(Observer):
             "fathom:stage_ticks", "Runs of a stage", (*names, "stage"), registry=self.registry
         )
         self._ticks_of = lambda stage: self._stage_ticks.labels(*values, stage)
-        self._wait = histogram("final_stage_wait_ticks", "Ticks that rows waited for the head to run", ROWS_WAITED)
+        self._wait = histogram(
+            "final_stage_wait_ticks", "Ticks that rows waited for the head to run", ROWS_WAITED
+        )
         self._refills = counter("refills", "Tokens that took a place while others were on their way")
         self._prompt = counter("prompt_tokens", "Prompt tokens taken in")
         self._generated = counter("generation_tokens", "Tokens generated")

@@ -84,7 +84,9 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
                 del self._links[request_id]
                 self._loop.cancel(request_id)
 
-    async def Metrics(self, request: wire.MetricsRequest, context: grpc.aio.ServicerContext) -> wire.MetricsResponse:  # noqa: N802
+    async def Metrics(
+        self, request: wire.MetricsRequest, context: grpc.aio.ServicerContext
+    ) -> wire.MetricsResponse:  # noqa: N802
         await self._authenticate(context)
         self.metrics.load(self._engine.load())
         return wire.MetricsResponse(text=self.metrics.text().decode())
@@ -178,5 +180,6 @@ class _Link:
         self._some.clear()
         outputs, self._outputs = self._outputs, {}
         failures, self._failures = self._failures, []
-        return wire.Events(tokens=[tokens_from(o) for o in outputs.values()], failures=[failure(f) for f in failures])
-
+        return wire.Events(
+            tokens=[tokens_from(o) for o in outputs.values()], failures=[failure(f) for f in failures]
+        )

@@ -17,7 +17,9 @@ from serving.errors import ServeConfigError
 from serving.threads import use_threads
 
 DEFAULT_SLOTS = {"cpu": 64, "cuda": 256}
-CONSTANT_STATE_TOKENS = 1 << 20  # a sequence of constant state costs nothing as it grows; some limit there must be
+CONSTANT_STATE_TOKENS = (
+    1 << 20
+)  # a sequence of constant state costs nothing as it grows; some limit there must be
 UNTRAINED_TOKENS = 4096  # of a model with full attention that does not say how long a sequence may be
 
 
@@ -72,7 +74,9 @@ def make_engine(
     for; by default as long as it was trained for, and `slots` times that."""
     paged = loaded.model.layout().paged
     if max_tokens is None:
-        max_tokens = (loaded.config.max_position_embeddings or UNTRAINED_TOKENS) if paged else CONSTANT_STATE_TOKENS
+        max_tokens = (
+            (loaded.config.max_position_embeddings or UNTRAINED_TOKENS) if paged else CONSTANT_STATE_TOKENS
+        )
     return Engine(
         TorchRunner(loaded.model, slots, max_tokens=max_tokens, token_capacity=kv_tokens),
         slots,
@@ -102,5 +106,7 @@ def _slots(spec: ModelSpec, bytes_per_slot: int, device: torch.device) -> int:
     fit = int(budget // bytes_per_slot) - 1  # slot 0 is padding
     if fit < 1:
         need = f"{2 * bytes_per_slot / 1e6:g}"
-        raise ServeConfigError(f"{spec.name}: state_memory_mb = {spec.state_memory_mb:g}: one sequence needs {need}")
+        raise ServeConfigError(
+            f"{spec.name}: state_memory_mb = {spec.state_memory_mb:g}: one sequence needs {need}"
+        )
     return fit

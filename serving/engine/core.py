@@ -118,7 +118,9 @@ class Tick:
 class Result:
     """What a tick gave: the signals that were wanted, or, after a final stage, what was sampled."""
 
-    signals: dict[str, Floats] = field(default_factory=dict)  # signal -> a value for each token that wanted it
+    signals: dict[str, Floats] = field(
+        default_factory=dict
+    )  # signal -> a value for each token that wanted it
     sampled: "Sampled | None" = None
 
 
@@ -131,9 +133,15 @@ class Sampled:
     logprobs: Floats | None = None  # [R]; where any row asked for them
     top_ids: Ints | None = None  # [R, most asked for]
     top_logprobs: Floats | None = None
-    scores: dict[int, Floats] = field(default_factory=dict)  # slot -> one for each token of its chunk but the last
-    score_tops: dict[int, tuple[Ints, Floats]] = field(default_factory=dict)  # slot -> likeliest ids there, and theirs
-    embeddings: dict[int, npt.NDArray[np.float64]] = field(default_factory=dict)  # slot -> what its chunk adds
+    scores: dict[int, Floats] = field(
+        default_factory=dict
+    )  # slot -> one for each token of its chunk but the last
+    score_tops: dict[int, tuple[Ints, Floats]] = field(
+        default_factory=dict
+    )  # slot -> likeliest ids there, and theirs
+    embeddings: dict[int, npt.NDArray[np.float64]] = field(
+        default_factory=dict
+    )  # slot -> what its chunk adds
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,16 +78,28 @@ class DepthPolicy:
             raise InvalidArgumentError("depth.width", self.width, "must be a number above 0, at most 1")
         if self.kind is not None and self.kind not in KINDS:
             raise InvalidArgumentError("depth", self.kind, f"must be one of {', '.join(KINDS)}")
-        for name, value in (("fixed", self.depth), ("min_depth", self.min_depth), ("max_depth", self.max_depth)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_DEPTH):
-                raise InvalidArgumentError(f"depth.{name}", value, f"must be a whole number from 0 to {MAX_DEPTH}")
+        for name, value in (
+            ("fixed", self.depth),
+            ("min_depth", self.min_depth),
+            ("max_depth", self.max_depth),
+        ):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_DEPTH
+            ):
+                raise InvalidArgumentError(
+                    f"depth.{name}", value, f"must be a whole number from 0 to {MAX_DEPTH}"
+                )
         if self.kind == "fixed" and not self.depth:
             raise InvalidArgumentError("depth.fixed", self.depth, "must be a whole number from 1")
         if self.min_depth is not None and self.max_depth is not None and self.min_depth > self.max_depth:
-            raise InvalidArgumentError("depth.min_depth", self.min_depth, f"is above max_depth = {self.max_depth}")
+            raise InvalidArgumentError(
+                "depth.min_depth", self.min_depth, f"is above max_depth = {self.max_depth}"
+            )
         known = {"confidence": CONFIDENCE, "converged": CONVERGENCE}.get(self.kind or "")
         if known is not None and self.measure not in known:
-            raise InvalidArgumentError(f"depth.{self.kind}.measure", self.measure, f"must be one of {', '.join(known)}")
+            raise InvalidArgumentError(
+                f"depth.{self.kind}.measure", self.measure, f"must be one of {', '.join(known)}"
+            )
         if self.threshold is not None and not self._possible(self.threshold):
             high = "1" if self.kind == "gate" or self.measure in ("probability", "margin") else "infinity"
             limit = f"must be a number from 0 to {high}"
@@ -96,7 +108,11 @@ class DepthPolicy:
             raise InvalidArgumentError("depth.chain", self.layers, f"must name 1 to {MAX_CHAIN} layers")
 
     def _possible(self, threshold: float) -> bool:
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not math.isfinite(threshold):
+        if (
+            isinstance(threshold, bool)
+            or not isinstance(threshold, (int, float))
+            or not math.isfinite(threshold)
+        ):
             return False
         bounded = self.kind == "gate" or self.measure in ("probability", "margin")
         return 0 <= threshold <= (1 if bounded else math.inf)
@@ -139,12 +155,16 @@ class DepthPolicy:
         return DepthPolicy("gate", threshold=threshold, **bounds)
 
     @staticmethod
-    def confidence(measure: str = "probability", threshold: float | None = None, **bounds: Any) -> "DepthPolicy":
+    def confidence(
+        measure: str = "probability", threshold: float | None = None, **bounds: Any
+    ) -> "DepthPolicy":
         """Leave when the intermediate prediction is sure: probability, margin or entropy (nats)."""
         return DepthPolicy("confidence", measure=measure, threshold=threshold, **bounds)
 
     @staticmethod
-    def converged(measure: str = "latent_diff", threshold: float | None = None, **bounds: Any) -> "DepthPolicy":
+    def converged(
+        measure: str = "latent_diff", threshold: float | None = None, **bounds: Any
+    ) -> "DepthPolicy":
         """Leave when another pass changes little: latent_diff, cosine, kl, entropy_diff, argmax or minp_kl."""
         return DepthPolicy("converged", measure=measure, threshold=threshold, **bounds)
 
@@ -164,7 +184,9 @@ class DepthPolicy:
         ``min=1`` and ``max=3`` among its arguments if wanted."""
         match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\)|[=:](.*))?\s*", text, re.DOTALL)
         if match is None:
-            raise InvalidArgumentError("depth", text, "must look like full, fixed(2) or confidence(entropy, 0.3)")
+            raise InvalidArgumentError(
+                "depth", text, "must look like full, fixed(2) or confidence(entropy, 0.3)"
+            )
         kind = match[1]
         words = [word.strip() for word in (match[2] or match[3] or "").split(",") if word.strip()]
         fields: dict[str, Any] = {}
@@ -178,7 +200,9 @@ class DepthPolicy:
         if len(words) > len(names.get(kind, ())):
             raise InvalidArgumentError("depth", text, f"{kind} takes {len(names.get(kind, ()))} arguments")
         for name, word in zip(names.get(kind, ()), words, strict=False):
-            fields[name] = word if name == "measure" else _number(text, word, int if name == "depth" else float)
+            fields[name] = (
+                word if name == "measure" else _number(text, word, int if name == "depth" else float)
+            )
         if kind in ("confidence", "converged"):
             fields.setdefault("measure", "probability" if kind == "confidence" else "latent_diff")
         return DepthPolicy(kind, **fields)

@@ -15,6 +15,7 @@ from serving.engine.scheduler import Scheduler
 from serving.engine.slots import TokenBudget
 from serving.errors import InvalidArgumentError
 
+
 class Engine:
     """Continuous batching over the slots of one model. Not thread-safe: one thread submits, cancels and steps."""
 
@@ -89,7 +90,9 @@ class Engine:
         low, high = min(request.prompt), max(request.prompt)
         if low < 0 or high >= self.runner.vocab_size:
             wrong = low if low < 0 else high
-            raise InvalidArgumentError("prompt", wrong, f"token ids of this model are 0 to {self.runner.vocab_size - 1}")
+            raise InvalidArgumentError(
+                "prompt", wrong, f"token ids of this model are 0 to {self.runner.vocab_size - 1}"
+            )
         request.params.check_vocabulary(self.runner.vocab_size)
         self.prepare(request)
         asked = request.params.policy
@@ -120,7 +123,9 @@ class Engine:
         self.observer.ticked(tick, seconds)
 
     def _expire(self) -> list[Output]:
-        return [out for request in self.scheduler.expired() for out in self._stop(request, FinishReason.DEADLINE)]
+        return [
+            out for request in self.scheduler.expired() for out in self._stop(request, FinishReason.DEADLINE)
+        ]
 
     def _stop(self, request: Request, reason: FinishReason, index: int | None = None) -> list[Output]:
         if not request.sequences:

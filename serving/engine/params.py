@@ -90,7 +90,9 @@ class SamplingParams:
         _count("stop", self.stop, MAX_STOPS)
         for text in self.stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
-                raise InvalidArgumentError("stop", text, f"must be a string of 1 to {MAX_STOP_LENGTH} characters")
+                raise InvalidArgumentError(
+                    "stop", text, f"must be a string of 1 to {MAX_STOP_LENGTH} characters"
+                )
         _count("stop_token_ids", self.stop_token_ids, MAX_STOPS)
         for token in self.stop_token_ids:
             _whole("stop_token_ids", token, 0, 2**31 - 1)

@@ -79,7 +79,9 @@ class Sampler:
             for some, pick in ((drawn & ~filtered, self._draw), (drawn & filtered, self._draw_filtered)):
                 if some.any():
                     rows = np.flatnonzero(some)
-                    scaled = adjusted[torch.from_numpy(rows)] / torch.from_numpy(temperature[rows, None]).to(logits.device)
+                    scaled = adjusted[torch.from_numpy(rows)] / torch.from_numpy(temperature[rows, None]).to(
+                        logits.device
+                    )
                     ids[rows] = pick(scaled, slots[rows], uniforms[rows])
         for row in np.flatnonzero(edited):
             self._history[int(slots[row])].take(int(ids[row]))
@@ -102,7 +104,11 @@ class Sampler:
         else:
             values, order = probabilities.sort(descending=True, stable=True)
         before = values.double().cumsum(-1) - values  # probability of the tokens likelier than this one
-        kept = (torch.arange(most, device=logits.device) < top_k) & (before < top_p) & (values >= min_p * values[:, :1])
+        kept = (
+            (torch.arange(most, device=logits.device) < top_k)
+            & (before < top_p)
+            & (values >= min_p * values[:, :1])
+        )
         kept[:, 0] = True
         ranks = _invert(values * kept, uniforms)
         return order.gather(1, torch.from_numpy(ranks)[:, None].to(order.device)).squeeze(1).cpu().numpy()

@@ -123,7 +123,9 @@ class Scheduler:
         while self._waiting:
             _, _, request, path = self._waiting[0]
             tokens = self.reserved(request, path)
-            if self.slots.available < request.params.n * path.slots or not self.budget.fits(request.params.n * tokens):
+            if self.slots.available < request.params.n * path.slots or not self.budget.fits(
+                request.params.n * tokens
+            ):
                 return
             heapq.heappop(self._waiting)
             request.admitted = self._clock()
@@ -131,7 +133,9 @@ class Scheduler:
                 slots = np.array([self.slots.allocate() for _ in range(path.slots)])
                 self.budget.allocate(tokens)
                 first = int(slots[0])
-                sequence = Sequence(request, index, first, derive(request.seed, index), slots, self.paths.add(path))
+                sequence = Sequence(
+                    request, index, first, derive(request.seed, index), slots, self.paths.add(path)
+                )
                 request.sequences.append(sequence)
                 self.running[first] = sequence
                 self.rows.seed[first] = sequence.seed
@@ -168,7 +172,9 @@ class Scheduler:
         """Apply the depth policies: each token of the tick goes on, or leaves for where its path ends early. Returns
         what decoding rows skip by that and have to write, where tokens do."""
         owners, nodes, paths = self._tokens(tick)
-        before = np.concatenate([self.rows.units[tick.slots], *(chunk.units[chunk.active] for chunk in tick.chunks)])
+        before = np.concatenate(
+            [self.rows.units[tick.slots], *(chunk.units[chunk.active] for chunk in tick.chunks)]
+        )
         units = np.maximum(before, self.paths.look("units", paths, nodes))
         self._reached(tick, units)
         tick.units = units
@@ -314,7 +320,18 @@ class Scheduler:
             ids = np.array(sequence.request.prompt[start : start + most], np.int64)
             everything = np.arange(len(ids))
             reasons = np.full(len(ids), ExitReason.FULL_DEPTH, np.int64)
-            self._chunks.append(Chunk(sequence, ids, start, everything, np.zeros_like(ids), reasons, np.zeros_like(ids), since=self.tick))
+            self._chunks.append(
+                Chunk(
+                    sequence,
+                    ids,
+                    start,
+                    everything,
+                    np.zeros_like(ids),
+                    reasons,
+                    np.zeros_like(ids),
+                    since=self.tick,
+                )
+            )
             left -= len(ids)
 
     def _stage_of(self, chunk: Chunk) -> int:
@@ -333,8 +350,12 @@ class Scheduler:
     def _tokens(self, tick: Tick) -> tuple[Ints, Ints, Ints]:
         """For each token of a tick: the slot whose policy holds, its node, and its path."""
         lengths = [len(chunk.active) for chunk in tick.chunks]
-        owners = np.concatenate([tick.slots, np.repeat([c.sequence.slot for c in tick.chunks], lengths).astype(np.int64)])
-        nodes = np.concatenate([tick.nodes, np.repeat([c.node for c in tick.chunks], lengths).astype(np.int64)])
+        owners = np.concatenate(
+            [tick.slots, np.repeat([c.sequence.slot for c in tick.chunks], lengths).astype(np.int64)]
+        )
+        nodes = np.concatenate(
+            [tick.nodes, np.repeat([c.node for c in tick.chunks], lengths).astype(np.int64)]
+        )
         return owners, nodes, self.rows.path[owners]
 
     def _want(self, tick: Tick) -> None:
@@ -345,7 +366,9 @@ class Scheduler:
         for index in np.unique(signal[signal != IDLE]):
             tick.wanted[SIGNALS[index]] = np.flatnonzero(signal == index)
 
-    def _leaving(self, tick: Tick, owners: Ints, units: Ints, signals: dict[str, Floats]) -> tuple[Ints, Ints]:
+    def _leaving(
+        self, tick: Tick, owners: Ints, units: Ints, signals: dict[str, Floats]
+    ) -> tuple[Ints, Ints]:
         """Which tokens want to leave (bool), and why."""
         rows = self.rows
         early = np.zeros(len(owners), bool)
@@ -367,7 +390,9 @@ class Scheduler:
     def _streaks(self, tick: Tick, same: Floats) -> Floats:
         """Count on, for the tokens that want it, how often in a row the prediction has stayed the same."""
         wanting = tick.wanted["argmax"]
-        streaks = np.concatenate([self.rows.streak[tick.slots], *(chunk.streaks[chunk.active] for chunk in tick.chunks)])
+        streaks = np.concatenate(
+            [self.rows.streak[tick.slots], *(chunk.streaks[chunk.active] for chunk in tick.chunks)]
+        )
         streaks[wanting] = np.where(same == 1, streaks[wanting] + 1, 0)
         count = len(tick.slots)
         self.rows.streak[tick.slots] = streaks[:count]

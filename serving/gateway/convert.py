@@ -30,7 +30,9 @@ def parse(kind: type[M], body: bytes) -> M:
     try:
         message.ParseFromString(body)
     except (DecodeError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"the message is not a valid {kind.DESCRIPTOR.full_name}: {error}") from None
+        raise InvalidArgumentError(
+            f"the message is not a valid {kind.DESCRIPTOR.full_name}: {error}"
+        ) from None
     _refuse_unknown(message)
     return message
 
@@ -177,4 +179,6 @@ def usage_from(usage: Usage) -> pb.Usage:
 def model_from(description: Description, replicas: int, slots: int, has_tokenizer: bool) -> models_pb2.Model:
     known = models_pb2.Model.DESCRIPTOR.fields_by_name
     fields = {name: getattr(description, name) for name in Description.__slots__ if name in known}
-    return models_pb2.Model(**{**fields, "replicas": replicas, "slots": slots, "has_tokenizer": has_tokenizer})
+    return models_pb2.Model(
+        **{**fields, "replicas": replicas, "slots": slots, "has_tokenizer": has_tokenizer}
+    )

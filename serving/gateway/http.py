@@ -13,7 +13,9 @@ def make_app(fleet: Fleet, metrics: GatewayMetrics) -> FastAPI:
     @app.get("/healthz")
     async def healthz() -> Response:
         ready = all(fleet.replicas(name) for name in fleet.models)
-        return Response("ok\n" if ready else "loading\n", status_code=200 if ready else 503, media_type="text/plain")
+        return Response(
+            "ok\n" if ready else "loading\n", status_code=200 if ready else 503, media_type="text/plain"
+        )
 
     @app.get("/metrics")
     async def scrape() -> Response:

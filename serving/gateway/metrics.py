@@ -22,7 +22,10 @@ class GatewayMetrics:
     def __init__(self, gateway: str):
         self._registry = CollectorRegistry()
         self._requests = Counter(
-            "fathom:requests", "RPCs answered, by outcome", ("gateway", "method", "outcome"), registry=self._registry
+            "fathom:requests",
+            "RPCs answered, by outcome",
+            ("gateway", "method", "outcome"),
+            registry=self._registry,
         )
         self._gateway = gateway
 

@@ -187,7 +187,9 @@ class Requests:
                 raise InvalidArgumentError("prompt", ask.prompt, "holds no token")
         most = description.max_tokens - (not work)
         if len(ids) > most:
-            raise InvalidArgumentError("prompt", f"{len(ids)} tokens", f"at most {most} tokens fit this model")
+            raise InvalidArgumentError(
+                "prompt", f"{len(ids)} tokens", f"at most {most} tokens fit this model"
+            )
         if min(ids) < 0 or max(ids) >= description.vocab_size:
             wrong = min(ids) if min(ids) < 0 else max(ids)
             limit = f"token ids of this model are 0 to {description.vocab_size - 1}"

@@ -100,7 +100,9 @@ class Rpc:
 
     def _bound(self, call: Call) -> None:
         if len(call.body) > self._max_bytes:
-            raise OverloadedError(f"the message has {len(call.body)} bytes: at most {self._max_bytes} are taken")
+            raise OverloadedError(
+                f"the message has {len(call.body)} bytes: at most {self._max_bytes} are taken"
+            )
 
     def _fail(self, call: Call, error: BaseException, context: Context) -> None:
         if isinstance(error, asyncio.CancelledError):
@@ -147,7 +149,9 @@ class Rpc:
         while True:
             try:
                 now = self._health(service)
-            except NotFoundError:  # by the health protocol, a watcher waits for a service that is not known yet
+            except (
+                NotFoundError
+            ):  # by the health protocol, a watcher waits for a service that is not known yet
                 now = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
             if last is None or now.status != last.status:
                 yield now
@@ -155,11 +159,12 @@ class Rpc:
             await self._fleet.changed()
 
     def _health(self, service: str) -> health_pb2.HealthCheckResponse:
-        """"" is alive when it answers; a service is ready when every model has a replica."""
+        """ "" is alive when it answers; a service is ready when every model has a replica."""
         known = {s.full_name for s in services()}
         if service and service not in known:
             raise NotFoundError(f"service = {service!r}: must be empty or one of {', '.join(sorted(known))}")
         ready = not service or all(self._fleet.replicas(name) for name in self._fleet.models)
-        state = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        state = (
+            health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
         return health_pb2.HealthCheckResponse(status=state)
-

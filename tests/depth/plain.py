@@ -236,5 +236,3 @@ class Plain:
             weights = (keys[:, head // group] @ q[0, head] * attention.scale).softmax(0)
             out.append(weights @ values[:, head // group])
         return attention.o_proj(torch.cat(out)[None])
-
-

@@ -22,7 +22,13 @@ LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 61, "hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "max_position_embeddings": 512,
 }  # fmt: skip
-GLA: dict[str, Any] = {**tiny.GLA, "vocab_size": 61, "hidden_size": 18, "num_hidden_layers": 4, "intermediate_size": 24}
+GLA: dict[str, Any] = {
+    **tiny.GLA,
+    "vocab_size": 61,
+    "hidden_size": 18,
+    "num_hidden_layers": 4,
+    "intermediate_size": 24,
+}
 
 
 def recursive(base: dict[str, Any], layers: int, **options: Any) -> dict[str, Any]:
@@ -34,7 +40,13 @@ HUGINN: dict[str, Any] = {
     "num_attention_heads": 3, "intermediate_size": 30, "n_layers_in_prelude": 1, "n_layers_in_recurrent_block": 2,
     "n_layers_in_coda": 1, "mean_recurrence": 6, "block_size": 512,
 }  # fmt: skip
-OURO: dict[str, Any] = {**LLAMA, "model_type": "ouro", "num_hidden_layers": 2, "total_ut_steps": 4, "num_key_value_heads": 4}
+OURO: dict[str, Any] = {
+    **LLAMA,
+    "model_type": "ouro",
+    "num_hidden_layers": 2,
+    "total_ut_steps": 4,
+    "num_key_value_heads": 4,
+}
 
 MODELS: dict[str, dict[str, Any]] = {
     "nested absent": {**LLAMA, "exits": [1, 2, 4], "skipped": "absent"},
@@ -42,7 +54,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "cycle": recursive(LLAMA, 2, sharing="cycle", num_recursions=3),
     "cycle last_exited": recursive(LLAMA, 2, sharing="cycle", num_recursions=3, skipped="last_exited"),
     "middle_cycle shared": recursive(LLAMA, 4, sharing="middle_cycle", num_recursions=3, skipped="shared"),
-    "middle_cycle propagate": recursive(LLAMA, 4, sharing="middle_cycle", num_recursions=3, skipped="propagate"),
+    "middle_cycle propagate": recursive(
+        LLAMA, 4, sharing="middle_cycle", num_recursions=3, skipped="propagate"
+    ),
     "sequence": recursive(LLAMA, 3, sharing="sequence", num_recursions=2),
     "middle_sequence propagate": recursive(
         LLAMA, 5, sharing="middle_sequence", num_recursions=2, skipped="propagate"
@@ -54,7 +68,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "ouro": OURO,
     "ouro absent": {**OURO, "skipped": "absent", "tie_word_embeddings": True},
     "huginn": HUGINN,
-    "huginn zeros propagate": {**HUGINN, "init_scale": 0.0, "skipped": "propagate", "n_layers_in_coda": 2, "n_layers": 5},
+    "huginn zeros propagate": {
+        **HUGINN,
+        "init_scale": 0.0,
+        "skipped": "propagate",
+        "n_layers_in_coda": 2,
+        "n_layers": 5,
+    },
     "llama": LLAMA,
     "gla": GLA,
 }
@@ -109,7 +129,9 @@ def check(name: str, policy: DepthPolicy, *, jobs: int = 5, count: int = 7, rng:
         length = len(got.ids) if i in cancelled else count
         assert got.ids == ids[:length], f"{name} {policy}"
         assert got.depths == expected[:length], f"{name} {policy}"
-        torch.testing.assert_close(torch.tensor(got.logprobs), torch.tensor(logprobs[:length]), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(got.logprobs), torch.tensor(logprobs[:length]), rtol=0, atol=1e-4
+        )
         depths += got.depths
     return depths
 
@@ -132,7 +154,9 @@ def test_full_and_fixed_depths(name: str) -> None:
 
 
 # Every model with some of the measures, every measure with some of the models.
-PAIRS = [(n, k, m) for i, n in enumerate(ADAPTIVE) for j, (k, m) in enumerate(MEASURES) if (i + 2 * j) % 5 == 0]
+PAIRS = [
+    (n, k, m) for i, n in enumerate(ADAPTIVE) for j, (k, m) in enumerate(MEASURES) if (i + 2 * j) % 5 == 0
+]
 
 
 @pytest.mark.parametrize(("name", "kind", "measure"), PAIRS, ids=[f"{n} {m}" for n, _, m in PAIRS])
@@ -170,7 +194,14 @@ def test_chains(name: str, layers: list[int]) -> None:
 def test_policies_and_depths_share_a_batch() -> None:
     """Each request of a mixed batch is as it would be alone."""
     model = loaded("ouro")
-    policies = ["full", "fixed(1)", "fixed(3)", "gate(0.6)", "confidence(entropy, 3.0)", "converged(argmax, 1)"]
+    policies = [
+        "full",
+        "fixed(1)",
+        "fixed(3)",
+        "gate(0.6)",
+        "confidence(entropy, 3.0)",
+        "converged(argmax, 1)",
+    ]
     params = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, depth=p) for p in policies]
     prompts = [[i + 1, 2 * i + 1, 7] for i in range(len(policies))]
     together = LLM(model, slots=6).generate(prompts, params)

@@ -57,8 +57,14 @@ def make(folder: Path, *, expert: bool, sharing: str = "middle_cycle", n: int = 
     put("lm_head.weight", VOCAB, D)
     for r in range(n):
         for j in range(base):
-            at = f"model.layers.{plain + r}.block.{j}." if expert else f"model.layers.{plain}.block_list.{r}.{j}."
-            first = f"model.layers.{plain}.block.{j}." if expert else f"model.layers.{plain}.block_list.0.{j}."
+            at = (
+                f"model.layers.{plain + r}.block.{j}."
+                if expert
+                else f"model.layers.{plain}.block_list.{r}.{j}."
+            )
+            first = (
+                f"model.layers.{plain}.block.{j}." if expert else f"model.layers.{plain}.block_list.0.{j}."
+            )
             if r == 0:
                 layer(at)
             else:
@@ -87,7 +93,13 @@ def make(folder: Path, *, expert: bool, sharing: str = "middle_cycle", n: int = 
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     kind = "expert" if expert else "token"
-    mor = {"type": kind, "router_type": "mlp" if mlp_router else "linear", "temp": 1.0, "capacity": capacity, kind: part}
+    mor = {
+        "type": kind,
+        "router_type": "mlp" if mlp_router else "linear",
+        "temp": 1.0,
+        "capacity": capacity,
+        kind: part,
+    }
     text = {
         "recursive": {"enable": True, "num_recursion": n, "sharing": sharing},
         "kv_sharing": kv or {"enable": False}, "mor": {"enable": True, **mor},
@@ -167,7 +179,11 @@ class Reference:
         at = f"model.layers.{self.plain}."
         logits = self.route(at + "mor_router.", x / self.mor["temp"])
         sigmoid = part.get("router_func") == "sigmoid"
-        p = torch.sigmoid(logits) * part.get("alpha", 0.1) if sigmoid else logits.softmax(-1) * part.get("alpha", 1.0)
+        p = (
+            torch.sigmoid(logits) * part.get("alpha", 0.1)
+            if sigmoid
+            else logits.softmax(-1) * part.get("alpha", 1.0)
+        )
         biased = p + self.w[at + "router_bias"] if part.get("balancing") == "loss_free" else p
         depth = int(biased.argmax()) + 1 if self.fixed is None else self.fixed
         h = x
@@ -202,7 +218,9 @@ class Reference:
         x = x + self.w[prefix + "self_attn.o_proj.weight"] @ torch.cat(out)
         h = self.norm(prefix + "post_attention_layernorm.weight", x)
         gate = torch.nn.functional.silu(self.w[prefix + "mlp.gate_proj.weight"] @ h)
-        return x + self.w[prefix + "mlp.down_proj.weight"] @ (gate * (self.w[prefix + "mlp.up_proj.weight"] @ h))
+        return x + self.w[prefix + "mlp.down_proj.weight"] @ (
+            gate * (self.w[prefix + "mlp.up_proj.weight"] @ h)
+        )
 
     def rotate(self, x: Tensor, position: int) -> Tensor:
         angles = position / 10000.0 ** (torch.arange(0, HEAD, 2).float() / HEAD)

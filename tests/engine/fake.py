@@ -101,7 +101,9 @@ class FakeRunner:
             hidden += self._chunk(chunk)
         if tick.final:
             return Result(sampled=self._sample(tick, hidden))
-        return Result({name: np.array([signal(hidden[t]) for t in tokens]) for name, tokens in tick.wanted.items()})
+        return Result(
+            {name: np.array([signal(hidden[t]) for t in tokens]) for name, tokens in tick.wanted.items()}
+        )
 
     def _chunk(self, chunk: Chunk) -> list[int]:
         if chunk.rows is None:
@@ -143,7 +145,10 @@ def token(hidden: int) -> int:
 
 
 def reference(
-    path: Path, prompt: list[int], count: int, leaves: Callable[[int, int], bool] = lambda units, hidden: False
+    path: Path,
+    prompt: list[int],
+    count: int,
+    leaves: Callable[[int, int], bool] = lambda units, hidden: False,
 ) -> tuple[list[int], list[int]]:
     """`count` tokens after a prompt, and the depth of each: one token at a time, the whole path by hand.
     `leaves(units, hidden)`: whether a token leaves early."""

@@ -14,7 +14,14 @@ from serving.errors import InvalidArgumentError
 VOCAB = 20
 
 
-def draw(params: SamplingParams, logits: torch.Tensor, *, seed: int = 0, count: int = 1, prompt: tuple[int, ...] = ()):  # type: ignore[no-untyped-def]
+def draw(
+    params: SamplingParams,
+    logits: torch.Tensor,
+    *,
+    seed: int = 0,
+    count: int = 1,
+    prompt: tuple[int, ...] = (),
+):  # type: ignore[no-untyped-def]
     """`count` tokens from the same logits, one position after the other."""
     sampler = Sampler(1, VOCAB)
     sampler.admit(1, params, seed, prompt, [0])
@@ -87,7 +94,11 @@ def test_log_probabilities_are_the_models_own() -> None:
     assert top_ids is not None and top is not None and top_ids[0].tolist() == [19, 18]
 
 
-@given(st.integers(0, 2**64 - 1), st.lists(st.integers(1, 12), min_size=1, max_size=12, unique=True), st.integers(0, 99))
+@given(
+    st.integers(0, 2**64 - 1),
+    st.lists(st.integers(1, 12), min_size=1, max_size=12, unique=True),
+    st.integers(0, 99),
+)
 def test_a_row_depends_on_nothing_beside_it(seed: int, slots: list[int], position: int) -> None:
     torch.manual_seed(0)
     logits = torch.randn(13, VOCAB)

@@ -11,7 +11,16 @@ from serving.engine.depth import DepthPolicy, ExitReason
 from serving.engine.engine import Engine
 from serving.engine.params import SamplingParams
 from serving.errors import InvalidArgumentError, OverloadedError
-from tests.engine.fake import FakeRunner, assert_no_leak, looped, make_engine, nested, plain, reference, signal
+from tests.engine.fake import (
+    FakeRunner,
+    assert_no_leak,
+    looped,
+    make_engine,
+    nested,
+    plain,
+    reference,
+    signal,
+)
 
 PATHS = {"plain": plain(), "looped": looped(4), "nested": nested(3)}
 
@@ -140,7 +149,9 @@ def test_prefill_is_interleaved_so_that_decoding_never_waits_for_a_whole_prompt(
     engine.submit(request("long", list(range(100)), 2))
     while "long" in engine.scheduler.requests:
         outputs = engine.step()
-        assert any(out.request_id == "short" for out in outputs), "a tick without a token for the decoding row"
+        assert any(out.request_id == "short" for out in outputs), (
+            "a tick without a token for the decoding row"
+        )
         assert engine.runner.ticks[-1][1] <= 8 + 2  # type: ignore[attr-defined]
 
 

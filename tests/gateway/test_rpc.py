@@ -50,7 +50,10 @@ async def test_a_stream_is_what_the_engine_alone_gives(folder: Path) -> None:
 
 
 async def test_64_streams_some_cancelled_midway(folder: Path) -> None:
-    expected = {i: LLM(folder, dtype="float32").generate(f"def f{i}", greedy(64))[0].token_ids for i in range(0, 64, 9)}
+    expected = {
+        i: LLM(folder, dtype="float32").generate(f"def f{i}", greedy(64))[0].token_ids
+        for i in range(0, 64, 9)
+    }
     async with house(folder, slots=24) as h:
 
         async def one(i: int) -> list[int] | None:
@@ -70,13 +73,19 @@ async def test_64_streams_some_cancelled_midway(folder: Path) -> None:
             assert ids is None or i not in expected or ids == expected[i]
         await h.idle()
         text = (await h.metrics.scrape(h.fleet)).decode()
-        counted = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if line[0] != "#"}
+        counted = {
+            line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
+            for line in text.splitlines()
+            if line[0] != "#"
+        }
         ended = {k: v for k, v in counted.items() if k.startswith("fathom:request_success_total")}
         assert sum(ended.values()) == 64
         assert next(v for k, v in ended.items() if '"length"' in k) == 48
         assert counted['fathom:requests_total{gateway="test",method="Generate",outcome="OK"}'] == 48
         assert counted['fathom:requests_total{gateway="test",method="Generate",outcome="CANCELLED"}'] == 16
-        assert next(v for k, v in counted.items() if k.startswith("fathom:generation_tokens_total")) >= 48 * 64
+        assert (
+            next(v for k, v in counted.items() if k.startswith("fathom:generation_tokens_total")) >= 48 * 64
+        )
         assert next(v for k, v in counted.items() if k.startswith("fathom:slots_used")) == 0
 
 
@@ -200,14 +209,24 @@ async def test_models_and_health(folder: Path) -> None:
     async with house(folder) as h:
         listed, _ = await h.unary("fathom.v1.Models/List", models_pb2.ListModelsRequest())
         (model,) = listed.models
-        assert (model.name, model.family, model.slots, model.replicas, model.max_depth) == ("tiny", "gla", 8, 1, 1)
+        assert (model.name, model.family, model.slots, model.replicas, model.max_depth) == (
+            "tiny",
+            "gla",
+            8,
+            1,
+            1,
+        )
         assert model.has_tokenizer and model.vocab_size == 300 and list(model.eos_token_ids) == [0]
         one, _ = await h.unary("fathom.v1.Models/Get", models_pb2.GetModelRequest(name="tiny"))
         assert one == model
         for service in ("", "fathom.v1.Inference", "grpc.health.v1.Health"):
-            state, _ = await h.unary("grpc.health.v1.Health/Check", health_pb2.HealthCheckRequest(service=service))
+            state, _ = await h.unary(
+                "grpc.health.v1.Health/Check", health_pb2.HealthCheckRequest(service=service)
+            )
             assert state.status == health_pb2.HealthCheckResponse.SERVING
-        _, context = await h.unary("grpc.health.v1.Health/Check", health_pb2.HealthCheckRequest(service="nope"))
+        _, context = await h.unary(
+            "grpc.health.v1.Health/Check", health_pb2.HealthCheckRequest(service="nope")
+        )
         assert context.code is grpc.StatusCode.NOT_FOUND
         await h.replicas[0].stop()
         async with asyncio.timeout(5):
@@ -243,7 +262,9 @@ async def test_a_stranger_cannot_use_the_stream_of_a_replica(folder: Path) -> No
         async with grpc.aio.insecure_channel(address) as channel:
             for metadata in ((), (("x-fathom-token", "guess"),)):
                 with pytest.raises(grpc.aio.AioRpcError) as error:
-                    await engine_pb2_grpc.EngineStub(channel).Metrics(engine_pb2.MetricsRequest(), metadata=metadata)
+                    await engine_pb2_grpc.EngineStub(channel).Metrics(
+                        engine_pb2.MetricsRequest(), metadata=metadata
+                    )
                 assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 

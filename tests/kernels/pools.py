@@ -6,7 +6,9 @@ from torch import Tensor
 POISON = float("nan")
 
 
-def poisoned_pool(states: Tensor, slots: Tensor, depths: Tensor, *, total_slots: int = 9, total_depths: int = 3) -> Tensor:
+def poisoned_pool(
+    states: Tensor, slots: Tensor, depths: Tensor, *, total_slots: int = 9, total_depths: int = 3
+) -> Tensor:
     """A pool [slots, depths, *shape] that holds `states` [N, *shape] at (slots, depths) and NaN everywhere else, also
     in the gaps between the states. A kernel that reads or leaves anything of its neighbours shows it."""
     inner = states[0].numel()

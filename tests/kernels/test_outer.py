@@ -75,7 +75,9 @@ def test_steps_equal_naive(implementation, decay, bonus, heads, lengths):  # typ
 
 
 @given(lengths, st.integers(1, 9), st.integers(1, 9), st.sampled_from(DECAYS))
-def test_strong_decay_neither_overflows_nor_loses_precision(lengths: list[int], K: int, V: int, decay: str) -> None:
+def test_strong_decay_neither_overflows_nor_loses_precision(
+    lengths: list[int], K: int, V: int, decay: str
+) -> None:
     q, k, v, g, u, states, offsets = inputs(lengths, (2, 2, 2), K, V, decay, False)
     g = None if g is None else 40 * g  # e^-360 a token: far beyond float32, both ways
     expected = naive(q, k, v, g, u, states, offsets)
@@ -124,9 +126,13 @@ def test_padded_rows_leave_live_slots_alone() -> None:
         assert not pool[1].any() and not pool[3].any()
 
 
-@pytest.mark.parametrize(("K", "V", "block_v", "warps"), [(64, 128, 8, 1), (128, 128, 32, 4), (256, 256, 32, 4)])
+@pytest.mark.parametrize(
+    ("K", "V", "block_v", "warps"), [(64, 128, 8, 1), (128, 128, 32, 4), (256, 256, 32, 4)]
+)
 @pytest.mark.parametrize("decay", [0, 1, 2], ids=DECAYS)
-def test_compiles_ahead_for_sm_90_without_spills(K: int, V: int, block_v: int, warps: int, decay: int) -> None:
+def test_compiles_ahead_for_sm_90_without_spills(
+    K: int, V: int, block_v: int, warps: int, decay: int
+) -> None:
     pointers = {name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "u_ptr")}
     indices = {name: "*i64" for name in ("slots_ptr", "depths_ptr", "offsets_ptr")}
     signature = {

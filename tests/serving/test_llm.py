@@ -51,7 +51,9 @@ def test_greedy_tokens_do_not_depend_on_batch_or_chunking(
 @settings(max_examples=10)
 @given(
     jobs=st.lists(
-        st.tuples(st.lists(ids, min_size=1, max_size=40), st.integers(1, 20), st.integers(0, 15), st.booleans()),
+        st.tuples(
+            st.lists(ids, min_size=1, max_size=40), st.integers(1, 20), st.integers(0, 15), st.booleans()
+        ),
         min_size=1,
         max_size=12,
     ),
@@ -94,7 +96,12 @@ def naive_logits(loaded: LoadedModel, tokens: list[int]) -> Tensor:
         shape = (len(tokens), mixer.kv_heads, -1)
         state = torch.zeros(mixer.kv_heads, mixer.K, mixer.V)
         o, _ = outer_naive(
-            q.view(len(tokens), mixer.heads, -1), k.view(shape), v.view(shape), gk.view(shape), state, mixer.K**-0.5
+            q.view(len(tokens), mixer.heads, -1),
+            k.view(shape),
+            v.view(shape),
+            gk.view(shape),
+            state,
+            mixer.K**-0.5,
         )
         o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * mixer.g_norm.weight
         x = x + mixer.o_proj(o.flatten(1) * torch.nn.functional.silu(gate[0]))
@@ -138,10 +145,14 @@ def test_logits_equal_those_of_the_naive_recurrence(
 
 def test_score_and_generate_agree(loaded: LoadedModel) -> None:
     llm = LLM(loaded, slots=2)
-    made = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=10, logprobs=3, ignore_eos=True))[0]
+    made = llm.generate(
+        [[5, 6, 7]], SamplingParams(temperature=0, max_tokens=10, logprobs=3, ignore_eos=True)
+    )[0]
     scores = llm.score([[5, 6, 7, *made.token_ids]])[0]
     assert made.logprobs == pytest.approx(scores[2:], abs=1e-5)
-    for token, logprob, best in zip(made.token_ids, made.logprobs or [], made.top_logprobs or [], strict=True):
+    for token, logprob, best in zip(
+        made.token_ids, made.logprobs or [], made.top_logprobs or [], strict=True
+    ):
         assert len(best) == 3 and best[token] == pytest.approx(logprob) == max(best.values())
 
 
@@ -178,7 +189,12 @@ def test_many_prompts_wait_their_turn(loaded: LoadedModel) -> None:
 
 def test_bad_input_is_refused_before_anything_runs(loaded: LoadedModel) -> None:
     llm = LLM(loaded, slots=2, max_tokens=50)
-    for prompts, field in (([[]], "prompt"), ([[1], [300]], "prompt"), ([""], "prompt"), ([[1] * 50], "prompt")):
+    for prompts, field in (
+        ([[]], "prompt"),
+        ([[1], [300]], "prompt"),
+        ([""], "prompt"),
+        ([[1] * 50], "prompt"),
+    ):
         with pytest.raises(InvalidArgumentError, match=f"^{field} = "):
             llm.generate(prompts, GREEDY)
         assert not llm.engine.busy

@@ -1,0 +1,224 @@
+"""The prefix cache: states of prefixes that were computed before, found by exact token ids.
+
+A radix tree, one for each depth policy (what a policy skips shows in the state). A node ends at a position where a state
+was saved, or where two prompts part. When memory runs out, the state that costs least to compute again per byte goes
+first, with those that were not asked for lately cheapest (GreedyDual-Size, Cao and Irani 1997).
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+
+from serving.engine.core import Ints
+
+SHORTEST = 16  # tokens: a state is not saved for less, nor so near to another one
+MOST_GHOSTS = 4096  # nodes that only remember that there was a state
+
+
+class Saved(Protocol):
+    """A state of one sequence, kept apart from any slot."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Miss(StrEnum):
+    """Why no more of a prompt was restored."""
+
+    NONE = ""  # all of it that could be
+    DISABLED = "disabled"
+    SHORT = "short"  # the prompt is not worth a saved state
+    SCORED = "scored"  # every token's log-probability was asked for
+    UNSEEN = "unseen"  # nobody had these tokens before
+    POLICY = "policy"  # only under another depth policy
+    EVICTED = "evicted"
+    BETWEEN = "between_snapshots"  # seen before, but the next saved state lies beyond where this prompt parts
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """The tokens from its parent's end to its own."""
+
+    parent: "Node | None"
+    edge: Ints
+    end: int  # tokens from the root
+    children: "dict[int, Node]" = field(default_factory=dict)
+    saved: Saved | None = None
+    value: float = 0.0  # what it is worth keeping for; the least goes first
+    evicted: bool = False
+
+    def lineage(self) -> "Iterator[Node]":
+        """This node and those above it, bottom up, as far as they hold states."""
+        node: Node | None = self
+        while node is not None:
+            if node.saved is not None:
+                yield node
+            node = node.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What is known of a prompt."""
+
+    node: Node | None  # the deepest node with a state
+    seen: int  # tokens that some prompt before had in common with it
+    miss: Miss
+
+    @property
+    def tokens(self) -> int:
+        """How many the state covers."""
+        return 0 if self.node is None else self.node.end
+
+
+class PrefixCache:
+    """States by prefix, within a budget of bytes."""
+
+    def __init__(self, budget: int, *, grows: bool = False):
+        """`grows`: a saved state holds only what its prefix adds to the one above it, so that one cannot go before
+        those below it."""
+        self.budget = budget
+        self.bytes = 0
+        self.evictions = 0
+        self._grows = grows
+        self._roots: dict[Hashable, Node] = {}
+        self._inflation = 0.0  # value of the last state that had to go
+        self._states: dict[Node, None] = {}
+        self._ghosts: OrderedDict[Node, None] = OrderedDict()
+
+    def match(self, key: Hashable, ids: Ints, most: int) -> Match:
+        """The longest saved prefix of `ids`, at most `most` tokens of it."""
+        if self.budget <= 0:
+            return Match(None, 0, Miss.DISABLED)
+        node, seen = self._walk(key, ids)
+        found = next((n for n in node.lineage() if n.end <= most), None)
+        if found is not None:
+            self._touch(found)
+        if len(ids) < SHORTEST:
+            return Match(found, seen, Miss.NONE if found is not None and found.end == most else Miss.SHORT)
+        return Match(found, seen, self._reason(key, ids, node, found, seen, most))
+
+    def insert(self, key: Hashable, ids: Ints, saved: Saved) -> None:
+        """Keep the state after these tokens."""
+        if saved.nbytes > self.budget:
+            return
+        node = self._make(key, ids)
+        if node.saved is not None:
+            return
+        node.saved, node.evicted = saved, False
+        self._ghosts.pop(node, None)
+        self._states[node] = None
+        self.bytes += saved.nbytes
+        self._touch(node)
+        self._evict(node)
+
+    def holds(self, key: Hashable, ids: Ints) -> bool:
+        """Whether the state after exactly these tokens is kept."""
+        node, seen = self._walk(key, ids)
+        return seen == len(ids) == node.end and node.saved is not None
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def _walk(self, key: Hashable, ids: Ints) -> tuple[Node, int]:
+        """The deepest node whose tokens all begin `ids`, and how far the tree goes on with them beyond it."""
+        node = self._roots.setdefault(key, Node(None, np.zeros(0, np.int64), 0))
+        while node.end < len(ids):
+            child = node.children.get(int(ids[node.end]))
+            if child is None:
+                break
+            common = _common(child.edge, ids[node.end :])
+            if common < len(child.edge):
+                return node, node.end + common
+            node = child
+        return node, node.end
+
+    def _make(self, key: Hashable, ids: Ints) -> Node:
+        """The node that ends with these tokens, made where there is none."""
+        node, seen = self._walk(key, ids)
+        if seen > node.end:  # inside an edge: cut it in two
+            below = node.children[int(ids[node.end])]
+            cut = seen - node.end
+            middle = Node(node, below.edge[:cut], seen, {int(below.edge[cut]): below})
+            node.children[int(ids[node.end])] = middle
+            below.parent, below.edge = middle, below.edge[cut:]
+            node = middle
+        if node.end < len(ids):
+            leaf = Node(node, ids[node.end :].copy(), len(ids))
+            node.children[int(ids[node.end])] = leaf
+            node = leaf
+        return node
+
+    def _touch(self, node: Node) -> None:
+        """Worth, from now on, what it would cost to compute it again per byte."""
+        assert node.saved is not None
+        above = next((n.end for n in node.lineage() if n is not node), 0)
+        node.value = self._inflation + (node.end - above) / max(1, node.saved.nbytes)
+
+    def _evict(self, spared: Node) -> None:
+        while self.bytes > self.budget:
+            chosen = min(
+                (n for n in self._states if n is not spared and self._can_go(n)), key=_value, default=None
+            )
+            if chosen is None:  # only what the new state stands on is left
+                chosen = spared
+            assert chosen.saved is not None
+            self._inflation = max(self._inflation, chosen.value)
+            self.bytes -= chosen.saved.nbytes
+            self.evictions += 1
+            del self._states[chosen]
+            chosen.saved, chosen.evicted = None, True
+            self._ghosts[chosen] = None
+            if chosen is spared:
+                break
+        while len(self._ghosts) > MOST_GHOSTS:
+            self._prune(self._ghosts.popitem(last=False)[0])
+
+    def _can_go(self, node: Node) -> bool:
+        return not self._grows or not any(_below(node))
+
+    def _prune(self, node: Node) -> None:
+        """Forget a node without a state, and those above it that only led to it."""
+        while node.parent is not None and not node.children and node.saved is None:
+            del node.parent.children[int(node.edge[0])]
+            node = node.parent
+
+    def _reason(self, key: Hashable, ids: Ints, node: Node, found: Node | None, seen: int, most: int) -> Miss:
+        covered = 0 if found is None else found.end
+        if covered >= most or (covered == seen and covered > 0):
+            return Miss.NONE if covered >= most else Miss.UNSEEN
+        if any(n.evicted and covered < n.end <= most for n in _up(node)):
+            return Miss.EVICTED
+        if seen >= covered + SHORTEST:
+            return Miss.BETWEEN
+        elsewhere = (self._walk(other, ids)[1] for other in list(self._roots) if other != key)
+        return Miss.POLICY if any(s >= covered + SHORTEST for s in elsewhere) else Miss.UNSEEN
+
+
+def _common(a: Ints, b: Ints) -> int:
+    """Length of the common beginning."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n
+
+
+def _value(node: Node) -> float:
+    return node.value
+
+
+def _up(node: Node | None) -> Iterator[Node]:
+    while node is not None:
+        yield node
+        node = node.parent
+
+
+def _below(node: Node) -> Iterator[bool]:
+    """Whether each node below has a state."""
+    stack = list(node.children.values())
+    while stack:
+        child = stack.pop()
+        yield child.saved is not None
+        stack += child.children.values()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.batch import Batch
-from models.layers import Linear, softcap
+from models.layers import Linear
 from models.paths import Node, Path
 from models.state import LayerLeaves, LayerState, Layout
 

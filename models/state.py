@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.pool import PADDING_SLOT
 from models.pages import Pages
 from models.paging import PAGE
 

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 
 from models.config import ModelConfig
 from models.decoder import Decoder
-from models.depth.lora import relax
 from models.depth.looped import Loop, LoopedDecoder, Skipped
+from models.depth.lora import relax
 from models.errors import ConfigError
 from models.mixers.attention import Attention
 from models.registry import family

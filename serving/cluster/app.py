@@ -109,6 +109,35 @@ class GatewayDeployment:
     async def Get(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
         return await self._rpc.unary(call, grpc_context)
 
+    async def ServerLive(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
+        return await self._rpc.unary(call, grpc_context)
+
+    async def ServerReady(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
+        return await self._rpc.unary(call, grpc_context)
+
+    async def ModelReady(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
+        return await self._rpc.unary(call, grpc_context)
+
+    async def ServerMetadata(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
+        return await self._rpc.unary(call, grpc_context)
+
+    async def ModelMetadata(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
+        return await self._rpc.unary(call, grpc_context)
+
+    async def ModelInfer(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
+        return await self._rpc.unary(call, grpc_context)
+
+    async def RepositoryIndex(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
+        return await self._rpc.unary(call, grpc_context)
+
+    async def ModelStreamInfer(self, calls: AsyncIterator[Call], grpc_context: Grpc) -> AsyncIterator[Message]:  # noqa: N802
+        service = "inference.GRPCInferenceService"
+        async with contextlib.aclosing(
+            self._rpc.exchange(service, "ModelStreamInfer", calls, grpc_context)
+        ) as answers:
+            async for answer in answers:
+                yield answer
+
     async def Check(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
         return await self._rpc.unary(call, grpc_context)
 

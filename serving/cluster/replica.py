@@ -86,7 +86,7 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
 
     async def Metrics(
         self, request: wire.MetricsRequest, context: grpc.aio.ServicerContext
-    ) -> wire.MetricsResponse:  # noqa: N802
+    ) -> wire.MetricsResponse:
         await self._authenticate(context)
         self.metrics.load(self._engine.load())
         return wire.MetricsResponse(text=self.metrics.text().decode())

@@ -5,7 +5,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from serving.engine.core import Failed, News, Output, Request
+from serving.engine.core import Failed, News, Request
 from serving.engine.engine import Engine
 from serving.errors import RequestError
 

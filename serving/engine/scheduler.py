@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from models.paths import NOWHERE, Path
 from models.paging import PAGE, pages_for
+from models.paths import NOWHERE, Path
 from serving.engine.choice import StageChooser
 from serving.engine.core import Chunk, Floats, Ints, Load, Request, Sequence, Tick
 from serving.engine.depth import AT_LEAST, DEFAULT_THRESHOLDS, SIGNALS, ExitReason
@@ -19,7 +19,6 @@ from serving.engine.random import derive
 from serving.engine.rows import IDLE, MANY, Rows
 from serving.engine.slots import SlotPool, TokenBudget
 from serving.errors import InvalidArgumentError, OverloadedError
-
 
 Skipped = tuple[int, Ints, Ints]
 """A stage, slots, and the depth of each: passes that rows do without."""

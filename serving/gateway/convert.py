@@ -1,5 +1,6 @@
 """Between protobuf messages and what the gateway works with. Strict: what is not understood is refused, by name."""
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -49,7 +50,7 @@ def _refuse_unknown(message: Message) -> None:
             _refuse_unknown(part)
 
 
-def ask_from(request: pb.GenerateRequest) -> Ask:
+def ask_from(request: pb.GenerateRequest, metadata: Mapping[str, str]) -> Ask:
     """Raises InvalidArgumentError."""
     return Ask(
         prompt=_prompt(request),
@@ -61,10 +62,11 @@ def ask_from(request: pb.GenerateRequest) -> Ask:
         request_id=request.request_id,
         priority=request.priority,
         session_id=request.session_id,
+        traceparent=metadata.get("traceparent", ""),
     )
 
 
-def ask_from_score(request: pb.ScoreRequest) -> Ask:
+def ask_from_score(request: pb.ScoreRequest, metadata: Mapping[str, str]) -> Ask:
     """Raises InvalidArgumentError."""
     return Ask(
         prompt=_prompt(request),
@@ -73,6 +75,7 @@ def ask_from_score(request: pb.ScoreRequest) -> Ask:
         timeout_s=request.timeout_s if request.HasField("timeout_s") else None,
         request_id=request.request_id,
         priority=request.priority,
+        traceparent=metadata.get("traceparent", ""),
     )
 
 

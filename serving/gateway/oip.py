@@ -145,27 +145,22 @@ class Oip:
 
     async def _responses(self, infer: Infer) -> AsyncGenerator[wire.ModelInferResponse]:
         """One response with everything, or one for each piece."""
-        seen: set[int] = set()  # continuations whose text has begun
-        whole = [Answer([""], [Output("", index)]) for index in range(infer.ask.params.n)]
+        count = infer.ask.params.n
+        whole = Answer([infer.echo] * count, [Output("", index) for index in range(count)])
         async with aclosing(self._requests.generate(infer.ask)) as pieces:
             async for piece in pieces:
-                if piece.index not in seen:
-                    piece.text = infer.echo + piece.text
-                    seen.add(piece.index)
                 if infer.stream:
                     answer = Answer([piece.text], [piece.news])
-                    yield response_from(infer, piece.request_id, answer, last=answer.usage is not None)
+                    yield response_from(infer, answer, last=answer.usage is not None)
                 else:
-                    _gather(whole[piece.index], piece)
+                    _gather(whole, piece)
         if not infer.stream:
-            answer = Answer([a.texts[0] for a in whole], [a.news[0] for a in whole])
-            yield response_from(infer, answer.news[0].request_id, answer, last=True)
+            yield response_from(infer, whole, last=True)
 
 
 def _gather(whole: Answer, piece: Piece) -> None:
-    whole.texts[0] += piece.text
-    out = whole.news[0]
-    reason = out.finish_reason  # that a stop string gave stays
+    whole.texts[piece.index] += piece.text
+    out = whole.news[piece.index]
+    reason = out.finish_reason  # of a continuation that has ended, while the request has not
     out.extend(piece.news)
-    out.request_id = piece.request_id
     out.finish_reason = reason or piece.news.finish_reason

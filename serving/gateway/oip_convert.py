@@ -6,14 +6,14 @@ setting may come as a request parameter, as a tensor of one element, or in the J
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from protos.inference import grpc_service_pb2 as wire
 from serving.engine.core import Output, Usage
 from serving.engine.params import GRAMMARS, Grammar, SamplingParams
 from serving.errors import InvalidArgumentError, NotFoundError
-from serving.gateway.requests import Ask
+from serving.gateway.requests import Ask, unique
 from serving.gateway.tensors import Tensor, add_output, read_inputs
 
 VERSION = "1"  # a model has one version at a time here
@@ -54,6 +54,7 @@ Value = Any  # bool, int, float, str; from JSON also list, dict
 class Infer:
     """One inference request, understood."""
 
+    id: str  # the client's name for it
     ask: Ask
     outputs: tuple[str, ...]
     stream: bool
@@ -80,19 +81,20 @@ def infer_from(request: wire.ModelInferRequest, metadata: Mapping[str, str]) -> 
         model=request.model_name,
         params=SamplingParams(**params),
         timeout_s=_timeout(settings),
-        request_id=request.id,
+        request_id=unique(request.id),
         priority=_priority(settings.get("priority", 0)),
         session_id=_session(settings),
         traceparent=metadata.get("traceparent", ""),
     )
-    echo = ""
+    stream, echo = settings.get("stream", False), ""
     if not settings.get("exclude_input_in_output", True):
-        if not isinstance(prompt, str):
-            raise InvalidArgumentError("exclude_input_in_output", False, "needs the prompt as text_input")
+        if stream or not isinstance(prompt, str):
+            limit = "needs the prompt as text_input, and stream = false"
+            raise InvalidArgumentError("exclude_input_in_output", False, limit)
         echo = prompt
     if not request.outputs and ask.params.logprobs is None:
         outputs = tuple(name for name in outputs if name != "logprobs")
-    return Infer(ask, outputs, settings.get("stream", False), echo)
+    return Infer(request.id, ask, outputs, stream, echo)
 
 
 def check_version(version: str) -> None:
@@ -234,18 +236,16 @@ def _outputs(request: wire.ModelInferRequest) -> tuple[str, ...]:
 class Answer:
     """What one response tells: of each continuation in it, its text and its news."""
 
-    texts: list[str] = field(default_factory=list)
-    news: list[Output] = field(default_factory=list)
+    texts: list[str]
+    news: list[Output]
 
     @property
     def usage(self) -> Usage | None:
         return next((out.usage for out in self.news if out.usage is not None), None)
 
 
-def response_from(infer: Infer, request_id: str, answer: Answer, last: bool) -> wire.ModelInferResponse:
-    response = wire.ModelInferResponse(
-        model_name=infer.ask.model, model_version=VERSION, id=infer.ask.request_id or request_id
-    )
+def response_from(infer: Infer, answer: Answer, last: bool) -> wire.ModelInferResponse:
+    response = wire.ModelInferResponse(model_name=infer.ask.model, model_version=VERSION, id=infer.id)
     response.parameters["triton_final_response"].bool_param = last
     for name in infer.outputs:
         add_output(response, name, OUTPUTS[name], _VALUES[name](answer))

@@ -46,6 +46,11 @@ class Ask:
     traceparent: str = ""  # of the caller's span, as W3C Trace Context writes it
 
 
+def unique(request_id: str) -> str:
+    """An id for a request whose client gave it one that may be another's too; names the client's."""
+    return f"{request_id}.{secrets.token_hex(6)}" if request_id else ""
+
+
 @dataclass(slots=True)
 class Piece:
     """A part of one continuation."""

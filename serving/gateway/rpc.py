@@ -1,8 +1,8 @@
-"""The gRPC door: fathom.v1 and grpc.health.v1."""
+"""The gRPC door: fathom.v1, grpc.health.v1 and inference.GRPCInferenceService."""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
@@ -12,40 +12,24 @@ from grpc_health.v1 import health_pb2
 
 from protos.fathom.v1 import inference_pb2 as pb
 from protos.fathom.v1 import models_pb2
-from serving import errors
 from serving.config import GatewaySpec
 from serving.errors import NotFoundError, OverloadedError
 from serving.gateway import convert
 from serving.gateway.fleet import Fleet
 from serving.gateway.metrics import GatewayMetrics
+from serving.gateway.oip import Metadata, Oip
 from serving.gateway.requests import Requests
 from serving.gateway.services import Call, services
+from serving.gateway.status import status_of
 
 log = logging.getLogger("fathom.gateway")
-
-STATUS: dict[type[Exception], grpc.StatusCode] = {
-    errors.InvalidArgumentError: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
-    errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
-    errors.FailedPreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
-
 
 class Context(Protocol):
     """The part of a gRPC context that Ray Serve gives to a deployment."""
 
     def set_code(self, code: grpc.StatusCode) -> None: ...
     def set_details(self, details: str) -> None: ...
-
-
-def status_of(error: BaseException) -> grpc.StatusCode:
-    """The status code that an error is answered with."""
-    for kind in type(error).__mro__:
-        if kind in STATUS:
-            return STATUS[kind]
-    return grpc.StatusCode.INTERNAL
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]: ...
 
 
 class StreamEnded(Exception):
@@ -60,7 +44,9 @@ class Rpc:
         self._fleet = fleet
         self._max_bytes = int(spec.max_message_mb * (1 << 20))
         self._metrics = metrics
+        oip = Oip(requests, fleet, metrics)
         self._unary = {
+            **oip.unary,
             ("fathom.v1.Inference", "Score"): self._score,
             ("fathom.v1.Models", "List"): self._list,
             ("fathom.v1.Models", "Get"): self._get,
@@ -70,12 +56,13 @@ class Rpc:
             ("fathom.v1.Inference", "Generate"): self._generate,
             ("grpc.health.v1.Health", "Watch"): self._watch,
         }
+        self._exchanges = oip.exchanges
 
     async def unary(self, call: Call, context: Context) -> Message:
         """Answer an RPC with one response. After an error the message is empty, and the context has the status."""
         try:
             self._bound(call)
-            answer = await self._unary[call.service, call.method](call.body)
+            answer = await self._unary[call.service, call.method](call.body, _metadata(context))
         except (Exception, asyncio.CancelledError) as error:
             self._fail(call, error, context)
             return pb.ScoreResponse()  # nobody reads it
@@ -86,7 +73,8 @@ class Rpc:
         """Answer an RPC with a stream of responses."""
         try:
             self._bound(call)
-            async with aclosing(self._streams[call.service, call.method](call.body)) as answers:
+            method = self._streams[call.service, call.method]
+            async with aclosing(method(call.body, _metadata(context))) as answers:
                 async for answer in answers:
                     yield answer
         except GeneratorExit:
@@ -97,6 +85,24 @@ class Rpc:
             # The context travels with a message, and there is none any more; with an exception it travels, too.
             raise StreamEnded(str(error)) from None
         self._metrics.ended(call.method, "OK")
+
+    async def exchange(
+        self, service: str, method: str, calls: AsyncIterator[Call], context: Context
+    ) -> AsyncIterator[Message]:
+        """Answer an RPC with a stream both ways."""
+
+        async def bodies() -> AsyncIterator[bytes]:
+            async for call in calls:
+                self._bound(call)
+                yield call.body
+
+        try:
+            async with aclosing(self._exchanges[service, method](bodies(), _metadata(context))) as answers:
+                async for answer in answers:
+                    yield answer
+        except (Exception, asyncio.CancelledError) as error:
+            self._fail(Call(service, method, b""), error, context)
+            raise StreamEnded(str(error)) from None
 
     def _bound(self, call: Call) -> None:
         if len(call.body) > self._max_bytes:
@@ -115,23 +121,23 @@ class Rpc:
         context.set_details(str(error) or type(error).__name__)
         self._metrics.ended(call.method, code.name)
 
-    async def _generate(self, body: bytes) -> AsyncIterator[Message]:
-        ask = convert.ask_from(convert.parse(pb.GenerateRequest, body))
+    async def _generate(self, body: bytes, metadata: Metadata) -> AsyncIterator[Message]:
+        ask = convert.ask_from(convert.parse(pb.GenerateRequest, body), metadata)
         async with aclosing(self._requests.generate(ask)) as pieces:
             async for piece in pieces:
                 yield convert.response_from(piece)
 
-    async def _score(self, body: bytes) -> Message:
-        ask = convert.ask_from_score(convert.parse(pb.ScoreRequest, body))
+    async def _score(self, body: bytes, metadata: Metadata) -> Message:
+        ask = convert.ask_from_score(convert.parse(pb.ScoreRequest, body), metadata)
         ids, out = await self._requests.score(ask)
         return convert.score_from(out.request_id, ids, out)
 
-    async def _list(self, body: bytes) -> Message:
+    async def _list(self, body: bytes, metadata: Metadata) -> Message:
         convert.parse(models_pb2.ListModelsRequest, body)
         ready = [name for name in self._fleet.models if self._fleet.replicas(name)]
         return models_pb2.ListModelsResponse(models=[self._model(name) for name in ready])
 
-    async def _get(self, body: bytes) -> Message:
+    async def _get(self, body: bytes, metadata: Metadata) -> Message:
         name = convert.parse(models_pb2.GetModelRequest, body).name
         return self._model(self._fleet.resolve(name))
 
@@ -140,10 +146,10 @@ class Rpc:
         slots = sum(r.load.slots for r in replicas)
         return convert.model_from(description, len(replicas), slots, replicas[0].tokenizer is not None)
 
-    async def _check(self, body: bytes) -> Message:
+    async def _check(self, body: bytes, metadata: Metadata) -> Message:
         return self._health(convert.parse(health_pb2.HealthCheckRequest, body).service)
 
-    async def _watch(self, body: bytes) -> AsyncIterator[Message]:
+    async def _watch(self, body: bytes, metadata: Metadata) -> AsyncIterator[Message]:
         service = convert.parse(health_pb2.HealthCheckRequest, body).service
         last = None
         while True:
@@ -168,3 +174,8 @@ class Rpc:
             health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         )
         return health_pb2.HealthCheckResponse(status=state)
+
+
+def _metadata(context: Context) -> dict[str, str]:
+    """The text that came with a call, by its key; of a key given twice, the last."""
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}

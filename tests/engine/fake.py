@@ -2,7 +2,8 @@
 that a token at the wrong slot, depth, position or time gives another result. With it, a plain reference that runs one
 sequence and one token at a time, and a clock that only moves when a stage runs."""
 
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import numpy as np

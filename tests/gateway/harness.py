@@ -1,11 +1,10 @@
 """A gateway and an engine replica in one process: everything real but Ray."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import asyncio
 
 import grpc
 from google.protobuf.message import Message

@@ -11,7 +11,6 @@ from grpc_health.v1 import health_pb2
 from protos.fathom.v1 import inference_pb2 as pb
 from protos.fathom.v1 import models_pb2
 from serving import LLM, SamplingParams
-from serving.config import GatewaySpec
 from tests import tiny
 from tests.gateway.harness import Context, call, house
 

@@ -133,8 +133,8 @@ def test_padded_rows_leave_live_slots_alone() -> None:
 def test_compiles_ahead_for_sm_90_without_spills(
     K: int, V: int, block_v: int, warps: int, decay: int
 ) -> None:
-    pointers = {name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "u_ptr")}
-    indices = {name: "*i64" for name in ("slots_ptr", "depths_ptr", "offsets_ptr")}
+    pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "u_ptr"), "*bf16")
+    indices = dict.fromkeys(("slots_ptr", "depths_ptr", "offsets_ptr"), "*i64")
     signature = {
         **pointers, **indices, "g_ptr": "*fp32", "pool_ptr": "*fp32",
         "scale": "fp32", "slot_stride": "i64", "depth_stride": "i64",

@@ -20,12 +20,30 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Autoscaling(Strict):
+    """How many replicas, by how full their slots are."""
+
+    min_replicas: int = Field(1, ge=1, le=1024)  # not 0: nobody would see the request that should start the first
+    max_replicas: int = Field(ge=1, le=1024)
+    target_load: float = Field(0.8, gt=0, le=1)  # (running + waiting) / slots to aim at, over all replicas
+    look_back_s: float = Field(30, ge=1, le=3600)  # that the load is averaged over
+    upscale_delay_s: float = Field(10, ge=0, le=3600)  # too few replicas for so long before any are added
+    downscale_delay_s: float = Field(300, ge=0, le=86400)  # too many for so long before any are taken away
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas = {self.min_replicas} is above max_replicas = {self.max_replicas}")
+        return self
+
+
 class ModelSpec(Strict):
     """One model, and the replicas that serve it."""
 
     path: str  # checkpoint folder, zoo/NAME, or Hub id
     name: Name = ""  # on the wire; the last part of the path where not given
     replicas: int = Field(1, ge=1, le=1024)
+    autoscaling: Autoscaling | None = None  # instead of a fixed number of replicas
     slots: int | None = Field(None, ge=1, le=1_000_000)  # sequences of one replica that run at a time
     state_memory_mb: float | None = Field(None, gt=0)  # or as many as this holds
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 from ray import serve
 from ray.serve import Application
 
+from serving.cluster import autoscaling
 from serving.cluster.directory import BEAT_S, directory
 from serving.cluster.link import Entry
 from serving.config import GatewaySpec, ModelSpec, Strict, validated
@@ -57,6 +58,15 @@ class EngineDeployment:
     async def check_health(self) -> None:
         if not self._replica.healthy:
             raise RuntimeError("several steps in a row have failed")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve, where this deployment is autoscaled."""
+        load = self._replica._load()
+        return {
+            autoscaling.SLOTS: load.slots,
+            autoscaling.RUNNING: load.running,
+            autoscaling.WAITING: load.waiting,
+        }
 
     async def __del__(self) -> None:
         self._beating.cancel()
@@ -157,13 +167,17 @@ def gateway(args: dict[str, Any]) -> Application:
 def model(args: dict[str, Any]) -> Application:
     """The application of one model. Raises ServeConfigError."""
     spec = validated(ModelSpec, args, "model")
-    options = {
-        "num_replicas": spec.replicas,
+    options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": spec.cpus, "num_gpus": gpus(spec)},
+        "max_surge_percent": 25,  # of an upgrade: the new replica is up before an old one goes
         "health_check_period_s": 2,
         "health_check_timeout_s": 10,
         "graceful_shutdown_timeout_s": 20,
     }
+    if spec.autoscaling is None:
+        options["num_replicas"] = spec.replicas
+    else:
+        options["autoscaling_config"] = autoscaling.options(spec.autoscaling)
     return EngineDeployment.options(**options).bind(spec)
 
 

@@ -32,7 +32,7 @@ def flat(pool: torch.Tensor) -> FlatPool:
         raise ValueError(f"pool: the state dimensions must be contiguous, got strides {pool.stride()}")
     length = pool.untyped_storage().nbytes() // pool.element_size()
     whole = torch.as_strided(pool, (length,), (1,), 0)
-    made = FlatPool(whole.numpy(), pool.storage_offset(), pool.stride(0), pool.stride(1))
+    made = FlatPool(whole.numpy(), int(pool.storage_offset()), pool.stride(0), pool.stride(1))
     pool._fathom_flat = made  # type: ignore[attr-defined]
     return made
 

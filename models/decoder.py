@@ -122,6 +122,7 @@ class Decoder(nn.Module):
         ] = {}  # exit signals of its own (router, gate): the column of a row that holds them
         # The final stage, where intermediate predictions go through its layers: tokens must come to it one by one then.
         self.predicts_through: int | None = None
+        self.draws = False  # at random, from the seed of the sequence
         self.fills = False  # tokens that leave early write what they skip (see Batch.ghosts)
         self._flops: dict[int, float] = {}  # by stage
         self._growing: list[set[int]] = []  # by stage: groups of layers whose state grows

@@ -51,10 +51,12 @@ class Pages:
         self.held[slot] = 0
         self.entries[slot] = 0
 
-    def gather(self, paged: Tensor, slot: int, depth: int) -> Tensor:
-        """The entries of a (slot, depth), in order: [T, *shape]."""
+    def gather(self, paged: Tensor, slot: int, depth: int, first: int = 0) -> Tensor:
+        """The entries of a (slot, depth) from the given one on, in order: [T, *shape]."""
         held, entries = int(self.held[slot, depth]), int(self.entries[slot, depth])
-        return paged[self.tables[slot, depth, :held]].flatten(0, 1)[:entries].clone()
+        page = first // PAGE
+        whole = paged[self.tables[slot, depth, page:held]].flatten(0, 1)
+        return whole[first - page * PAGE : entries - page * PAGE].clone()
 
     def scatter(self, paged: Tensor, slot: int, depth: int, entries: Tensor) -> None:
         """The reverse, into a (slot, depth) whose tables may be there already, from another leaf of the group."""

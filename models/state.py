@@ -113,9 +113,10 @@ class Snapshot:
     """The state of one sequence, apart from any pool."""
 
     row: Tensor  # [floats]
-    entries: dict[tuple[int, str, int], Tensor] = field(
-        default_factory=dict
-    )  # (layer, leaf, instance) -> [T, *shape]
+    # Of what grows: (layer, leaf, instance) -> [T, *shape], the entries from `first` on.
+    entries: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)
+    first: dict[tuple[int, int], int] = field(default_factory=dict)  # (group, instance) -> entries left out
+    counts: dict[tuple[int, int], int] = field(default_factory=dict)  # (group, instance) -> all entries
 
     @property
     def nbytes(self) -> int:
@@ -200,22 +201,28 @@ class StatePool:
         if not self.pages:
             self.arena[target] = self.arena[source]
         else:
-            self.write(target, self.read(source))
+            self.write(target, [self.read(source)])
 
-    def read(self, slot: int) -> Snapshot:
-        """A copy of a slot's state."""
+    def read(self, slot: int, above: Snapshot | None = None) -> Snapshot:
+        """A copy of a slot's state; of what grows only what was added since `above`, an earlier state of it."""
         snapshot = Snapshot(self.arena[slot].clone())
+        for group, pages in self.pages.items():
+            for instance, count in enumerate(pages.entries[slot].tolist()):
+                snapshot.counts[group, instance] = count
+                snapshot.first[group, instance] = 0 if above is None else above.counts[group, instance]
         for i, layer, name, instance in self._entries():
-            pages = self.pages[layer.group]
-            snapshot.entries[i, name, instance] = pages.gather(self.layers[i][name], slot, instance)
+            first = snapshot.first[layer.group, instance]
+            entries = self.pages[layer.group].gather(self.layers[i][name], slot, instance, first)
+            snapshot.entries[i, name, instance] = entries
         return snapshot
 
-    def write(self, slot: int, snapshot: Snapshot) -> None:
-        """Give a slot a state that was read."""
+    def write(self, slot: int, chain: Sequence[Snapshot]) -> None:
+        """Give a slot the state of the last snapshot; those before it, each read above the one before, hold the
+        beginning of what grows."""
         self.reset(slot)
-        self.arena[slot] = snapshot.row
+        self.arena[slot] = chain[-1].row
         for i, layer, name, instance in self._entries():
-            entries = snapshot.entries[i, name, instance]
+            entries = torch.cat([snapshot.entries[i, name, instance] for snapshot in chain])
             self.pages[layer.group].scatter(self.layers[i][name], slot, instance, entries)
 
     def _entries(self) -> list[tuple[int, LayerLayout, str, int]]:

@@ -23,7 +23,9 @@ class Strict(BaseModel):
 class Autoscaling(Strict):
     """How many replicas, by how full their slots are."""
 
-    min_replicas: int = Field(1, ge=1, le=1024)  # not 0: nobody would see the request that should start the first
+    min_replicas: int = Field(
+        1, ge=1, le=1024
+    )  # not 0: nobody would see the request that should start the first
     max_replicas: int = Field(ge=1, le=1024)
     target_load: float = Field(0.8, gt=0, le=1)  # (running + waiting) / slots to aim at, over all replicas
     look_back_s: float = Field(30, ge=1, le=3600)  # that the load is averaged over
@@ -33,7 +35,9 @@ class Autoscaling(Strict):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas = {self.min_replicas} is above max_replicas = {self.max_replicas}")
+            raise ValueError(
+                f"min_replicas = {self.min_replicas} is above max_replicas = {self.max_replicas}"
+            )
         return self
 
 
@@ -53,6 +57,9 @@ class ModelSpec(Strict):
     kv_tokens: int | None = Field(
         None, ge=16
     )  # of all sequences of a replica, where attention keeps every token
+    prefix_cache_mb: float = Field(128, ge=0)  # states of prompts that may come again; 0: none are kept
+    shed_wait_s: float | None = Field(0.5, gt=0)  # a request waits so long before depth is shed; null: never
+    min_depth: int | None = Field(None, ge=1)  # down to here, for requests that say nothing; null: not theirs
     max_waiting: int = Field(1024, ge=0)  # requests that one replica queues
     threads: int | None = Field(None, ge=1, le=1024)  # processor threads of one replica; all where not given
     cpus: float = Field(0.5, ge=0)  # that Ray sets aside for one replica

@@ -3,7 +3,7 @@
 import itertools
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,11 +61,14 @@ class LLM:
         prefill_tokens: int = 256,
         max_tokens: int | None = None,
         kv_tokens: int | None = None,
+        prefix_cache_mb: float = 128,
         threads: int | None = None,
         progress: bool | None = None,
     ):
-        """`slots` sequences run at a time; more prompts wait their turn. `max_tokens` bounds prompt and continuation
-        together, `kv_tokens` those of all sequences where attention keeps every token. `progress` draws a bar on long work; by default where standard error is a terminal.
+        """`slots` sequences run at a time; more prompts wait their turn. `max_tokens` bounds prompt and
+        continuation together, `kv_tokens` those of all sequences where attention keeps every token.
+        `prefix_cache_mb` is for states of prompts that may come again. `progress` draws a bar on long work;
+        by default where standard error is a terminal.
 
         Raises models.errors.ModelError when the model cannot be loaded, InvalidArgumentError for impossible options.
         """
@@ -84,6 +87,7 @@ class LLM:
             max_waiting=sys.maxsize,
             max_tokens=max_tokens,
             kv_tokens=kv_tokens,
+            prefix_cache_mb=prefix_cache_mb,
         )
         self._progress = sys.stderr.isatty() if progress is None else progress
         self._ids = itertools.count()
@@ -175,7 +179,7 @@ class LLM:
                     self.engine.cancel(request_id)
 
     @contextmanager
-    def _bar(self, what: str, total: int) -> Iterator[object]:
+    def _bar(self, what: str, total: int) -> Iterator[Callable[[], None]]:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, disable=not self._progress or total < 2, transient=True) as bar:
             task = bar.add_task(what, total=total)
@@ -196,18 +200,17 @@ class _Builder:
 
     def add(self, out: Output) -> bool:
         """Whether the continuation has just met a stop string, and the engine need not go on with it."""
-        if self._text.stopped:
+        already = self._text.stopped
+        if already:
             return False
         parts, rest = self._text.feed(out.ids, last=out.finish_reason is not None)
         self._parts += [*parts, rest]
-        for mine, new in (
-            (self._all.ids, out.ids),
-            (self._all.depths, out.depths),
-            (self._all.exit_reasons, out.exit_reasons),
-            (self._all.logprobs, out.logprobs),
-            (self._all.top_logprobs, out.top_logprobs),
-        ):
-            mine += new[: len(parts)]  # type: ignore[arg-type]
+        count = len(parts)
+        self._all.ids += out.ids[:count]
+        self._all.depths += out.depths[:count]
+        self._all.exit_reasons += out.exit_reasons[:count]
+        self._all.logprobs += out.logprobs[:count]
+        self._all.top_logprobs += out.top_logprobs[:count]
         self._all.finish_reason = FinishReason.STOP if self._text.stopped else out.finish_reason
         self._all.usage = out.usage
         return self._text.stopped and out.finish_reason is None

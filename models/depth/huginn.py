@@ -132,6 +132,7 @@ class Huginn(LoopedDecoder):
         )
         self.adapter = Linear(2 * c.hidden_size, c.hidden_size, bias=c.bias)
         self.start_scale = c.start_scale
+        self.draws = c.start_scale > 0
         # What a token would predict goes through the coda, which attends to the tokens before: they must be done.
         self.predicts_through = self.cores.stop
 
@@ -157,6 +158,7 @@ class Huginn(LoopedDecoder):
         self, rows: Tensor, index: Tensor, batch: Batch, states: Sequence[LayerState] | None
     ) -> Tensor:
         """As the coda would give them now; its entries of these tokens are taken back."""
+        assert self.predicts_through is not None
         assert states is not None and batch.segments == len(batch.positions), (
             "one token of a sequence at a time"
         )

@@ -1,9 +1,9 @@
-"""Mixture-of-Recursions (arXiv 2507.10524), in the format of the released code: config.json of a Llama, the training
-YAML beside it as config.yaml, and every recursion's copy of the weights in the file.
+"""Mixture-of-Recursions (arXiv 2507.10524), in the format of the released code: config.json of a Llama, the
+training YAML beside it as config.yaml, and every recursion's copy of the weights in the file.
 
-Expert choice: at each recursion a router picks the tokens that go on, from those that were picked before. In training it
-takes the best of the whole sequence; decoding cannot look ahead, and goes by what the router was trained to say with its
-auxiliary loss (or what an auxiliary router says): a token goes on if its logit is at least 0.
+Expert choice: at each recursion a router picks the tokens that go on, from those that were picked before. In training
+it takes the best of the whole sequence; decoding cannot look ahead, and goes by what the router was trained to say
+with its auxiliary loss (or what an auxiliary router says): a token goes on if its logit is at least 0.
 Token choice: one router, at the first recursion, says how many of them a token takes.
 """
 

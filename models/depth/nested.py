@@ -4,6 +4,7 @@ SortedNet (arXiv 2309.00255), Sorted LLaMA (arXiv 2309.08968), LayerSkip (arXiv 
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -35,9 +36,7 @@ class NestedDecoder(Decoder):
         super().__init__(embeddings, layers, norm, lm_head, **options)
         bounds = [0, *(e for e in exits if e < len(layers)), len(layers)]
         self.exits = tuple(bounds[1:])
-        segments = (
-            Stage(f"layers to {b}", range(a, b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-        )
+        segments = (Stage(f"layers to {b}", range(a, b)) for a, b in pairwise(bounds))
         self.stages = (*segments, Stage("head", range(0), head=True))
         self.chains = False
         self.fills = fills

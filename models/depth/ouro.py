@@ -22,7 +22,7 @@ class Config(llama.Config):
     )  # counted from 0: the loop after which every token leaves
     use_sliding_window: Literal[False] = False
     skipped: Skipped = "last_exited"  # type: ignore[assignment]  # ours: the published code runs all loops always
-    exits: tuple[()] = ()  # type: ignore[assignment]
+    exits: tuple[()] = ()
 
     @pydantic.model_validator(mode="after")
     def _reachable(self) -> "Config":

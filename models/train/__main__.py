@@ -28,7 +28,7 @@ def make(recipe: Recipe, texts: corpus.Corpus) -> None:
     tokenizer = _tokenizer(texts)
     tokens = data.encoded(texts.training, tokenizer, RUNS / "corpus.npy")
     host = family(recipe.config, recipe.name)
-    config, model = host.build(recipe.config, recipe.name)
+    _, model = host.build(recipe.config, recipe.name)
     for module in model.modules():
         if isinstance(module, PerDepth):
             module.tie()

@@ -23,7 +23,7 @@ def encoded(texts: tuple[str, ...], tokenizer: Tokenizer, cache: Path) -> npt.ND
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         np.save(cache, encode(texts, tokenizer))
-    return np.load(cache)  # type: ignore[no-any-return]
+    return np.load(cache)
 
 
 def crops(

@@ -121,7 +121,7 @@ def train(model: Decoder, recipe: Recipe, tokens: npt.NDArray[np.uint16], folder
             ids, targets = (x.to(model.device) for x in crops(tokens, recipe.seed, step, sequences, length))
             with mixed:
                 loss = recipe.objective(model, ids, targets, batch, step)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step(step)
             value = loss.item()

@@ -42,7 +42,7 @@ def step_seconds(llm: LLM, batch: int) -> float:
     engine = llm.engine
     for i in range(batch):
         engine.submit(Request(f"bench{i}", [i % llm.loaded.model.vocab_size], params))
-    while any(s.generated < 2 for s in engine.scheduler.running.values()) or engine.load().waiting:
+    while any(len(s.tokens) < 2 for s in engine.scheduler.running.values()) or engine.load().waiting:
         engine.step()
     taken = seconds(engine.step, least=2.0, runs=20)
     for i in range(batch):

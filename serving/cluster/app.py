@@ -8,13 +8,14 @@ through the directory, so any of them can come, go and be upgraded alone.
 """
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, suppress
 from typing import Any
 
 import ray
 from fastapi import FastAPI
+from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from ray import serve
 from ray.serve import Application
@@ -23,9 +24,11 @@ from serving.cluster import autoscaling
 from serving.cluster.directory import BEAT_S, directory
 from serving.cluster.link import Entry
 from serving.config import GatewaySpec, ModelSpec, Strict, validated
-from serving.gateway.services import Call
+from serving.gateway.services import Call, services
 
 log = logging.getLogger("fathom.cluster")
+
+QUIET: dict[str, Any] = {"logging_config": {"enable_access_log": False}}
 
 Grpc = Any  # the context that Ray Serve hands to a gRPC method
 
@@ -35,11 +38,10 @@ class GatewayArgs(Strict):
     models: tuple[str, ...] = ()  # that the gateway is to know of before they are loaded
 
 
-@serve.deployment(name="engine", logging_config={"enable_access_log": False})
 class EngineDeployment:
     """One replica of one model."""
 
-    async def __init__(self, spec: ModelSpec):
+    async def __init__(self, spec: ModelSpec):  # type: ignore[misc]  # Ray awaits it
         from serving.cluster.replica import EngineReplica  # torch is for the engines only
 
         name = serve.get_replica_context().replica_id.unique_id
@@ -51,7 +53,7 @@ class EngineDeployment:
 
     async def _beat(self) -> None:
         while True:
-            with contextlib.suppress(Exception):  # the directory is being restarted: the next beat registers
+            with suppress(Exception):  # the directory is being restarted: the next beat registers
                 await self._directory.beat.remote(self._entry)
             await asyncio.sleep(BEAT_S)
 
@@ -70,13 +72,11 @@ class EngineDeployment:
 
     async def __del__(self) -> None:
         self._beating.cancel()
-        with contextlib.suppress(Exception):
+        with suppress(Exception):
             await self._directory.leave.remote(self._entry.replica)
         await self._replica.stop()
 
 
-@serve.deployment(name="gateway", logging_config={"enable_access_log": False})
-@serve.ingress()
 class GatewayDeployment:
     """The front door. Ray Serve's ingress calls the method of an RPC's name."""
 
@@ -90,7 +90,7 @@ class GatewayDeployment:
         watch = directory().watch
         self._fleet.watch(lambda version, timeout_s: watch.remote(version, timeout_s))
         self._metrics = GatewayMetrics(serve.get_replica_context().replica_id.unique_id)
-        self._rpc = Rpc(Requests(self._fleet, args.spec), self._fleet, args.spec, self._metrics)
+        self.rpc = Rpc(Requests(self._fleet, args.spec), self._fleet, args.spec, self._metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from serving.gateway.http import make_app
@@ -100,68 +100,45 @@ class GatewayDeployment:
     async def __del__(self) -> None:
         await self._fleet.close()
 
-    async def Generate(self, call: Call, grpc_context: Grpc) -> AsyncIterator[Message]:  # noqa: N802
-        async with contextlib.aclosing(self._rpc.stream(call, grpc_context)) as answers:
+
+def _answer(service: str, method: MethodDescriptor) -> Callable[..., Any]:
+    """The deployment's method for an RPC."""
+
+    async def unary(self: GatewayDeployment, call: Call, grpc_context: Grpc) -> Message:
+        return await self.rpc.unary(call, grpc_context)
+
+    async def stream(self: GatewayDeployment, call: Call, grpc_context: Grpc) -> AsyncGenerator[Message]:
+        async with aclosing(self.rpc.stream(call, grpc_context)) as answers:
             async for answer in answers:
                 yield answer
 
-    async def Watch(self, call: Call, grpc_context: Grpc) -> AsyncIterator[Message]:  # noqa: N802
-        async with contextlib.aclosing(self._rpc.stream(call, grpc_context)) as answers:
+    async def exchange(
+        self: GatewayDeployment, calls: AsyncIterator[Call], grpc_context: Grpc
+    ) -> AsyncGenerator[Message]:
+        async with aclosing(self.rpc.exchange(service, method.name, calls, grpc_context)) as answers:
             async for answer in answers:
                 yield answer
 
-    async def Score(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
-        return await self._rpc.unary(call, grpc_context)
+    return exchange if method.client_streaming else stream if method.server_streaming else unary
 
-    async def List(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
-        return await self._rpc.unary(call, grpc_context)
 
-    async def Get(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
-        return await self._rpc.unary(call, grpc_context)
-
-    async def ServerLive(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
-        return await self._rpc.unary(call, grpc_context)
-
-    async def ServerReady(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
-        return await self._rpc.unary(call, grpc_context)
-
-    async def ModelReady(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
-        return await self._rpc.unary(call, grpc_context)
-
-    async def ServerMetadata(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
-        return await self._rpc.unary(call, grpc_context)
-
-    async def ModelMetadata(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
-        return await self._rpc.unary(call, grpc_context)
-
-    async def ModelInfer(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
-        return await self._rpc.unary(call, grpc_context)
-
-    async def RepositoryIndex(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
-        return await self._rpc.unary(call, grpc_context)
-
-    async def ModelStreamInfer(self, calls: AsyncIterator[Call], grpc_context: Grpc) -> AsyncIterator[Message]:  # noqa: N802
-        service = "inference.GRPCInferenceService"
-        async with contextlib.aclosing(
-            self._rpc.exchange(service, "ModelStreamInfer", calls, grpc_context)
-        ) as answers:
-            async for answer in answers:
-                yield answer
-
-    async def Check(self, call: Call, grpc_context: Grpc) -> Message:  # noqa: N802
-        return await self._rpc.unary(call, grpc_context)
+for _service in services():
+    for _method in _service.methods:
+        setattr(GatewayDeployment, _method.name, _answer(_service.full_name, _method))
 
 
 def gateway(args: dict[str, Any]) -> Application:
     """The application with the route "/". Raises ServeConfigError."""
     checked = validated(GatewayArgs, args, "gateway")
-    options = {
+    options: dict[str, Any] = {
         "num_replicas": checked.spec.replicas,
         "max_ongoing_requests": checked.spec.max_streams,
         "max_queued_requests": checked.spec.max_streams,
         "ray_actor_options": {"num_cpus": checked.spec.cpus},
     }
-    return GatewayDeployment.options(**options).bind(checked)
+    return serve.deployment(name="gateway", **QUIET, **options)(serve.ingress()(GatewayDeployment)).bind(
+        checked
+    )
 
 
 def model(args: dict[str, Any]) -> Application:
@@ -178,7 +155,7 @@ def model(args: dict[str, Any]) -> Application:
         options["num_replicas"] = spec.replicas
     else:
         options["autoscaling_config"] = autoscaling.options(spec.autoscaling)
-    return EngineDeployment.options(**options).bind(spec)
+    return serve.deployment(name="engine", **QUIET, **options)(EngineDeployment).bind(spec)
 
 
 def gpus(spec: ModelSpec) -> float:

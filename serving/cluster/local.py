@@ -87,7 +87,8 @@ def _ready_line(config: ServeConfig) -> str:
     names = ", ".join(spec.name for spec in config.models)
     port = "" if config.grpc_port == 9000 else f" --target localhost:{config.grpc_port}"
     return (
-        f"fathom is ready: gRPC localhost:{config.grpc_port}, HTTP http://localhost:{config.http_port}, models {names}. "
+        f"fathom is ready: gRPC localhost:{config.grpc_port}, HTTP http://localhost:{config.http_port}, "
+        f"models {names}. "
         f'Try: .venv/bin/fathom generate{port} "def read_json(path):"'
     )
 

@@ -84,7 +84,7 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
                 del self._links[request_id]
                 self._loop.cancel(request_id)
 
-    async def Metrics(
+    async def Metrics(  # noqa: N802
         self, request: wire.MetricsRequest, context: grpc.aio.ServicerContext
     ) -> wire.MetricsResponse:
         await self._authenticate(context)

@@ -7,6 +7,7 @@ from models.paths import Path
 from serving.engine.core import Ints, Result, Sequence, Tick
 from serving.engine.depth import DepthPolicy
 from serving.engine.paths import PathTable
+from serving.engine.prefix import Saved
 from serving.engine.rows import Rows
 
 
@@ -18,6 +19,7 @@ class Runner(Protocol):
     first_stage: int
     final_stages: frozenset[int]
     default_depth: DepthPolicy
+    draws: bool  # the model itself draws at random, from the seed of the sequence
     fills: bool  # tokens that leave early write what they skip
     one_by_one: frozenset[str]  # signals for which the tokens of a prompt have to come singly
 
@@ -29,6 +31,13 @@ class Runner(Protocol):
 
     def fork(self, source: Sequence, target: Sequence) -> None:
         """Give a sequence in service the state of another."""
+
+    def save(self, sequence: Sequence, above: Saved | None) -> Saved:
+        """A copy of a sequence's state, between two of its tokens; where states grow, what was added since `above`,
+        an earlier state of the same tokens."""
+
+    def load(self, sequence: Sequence, chain: Seq[Saved]) -> None:
+        """Give a sequence in service a state that was saved, with those that it was saved on top of before it."""
 
     def release(self, sequence: Sequence) -> None:
         """Take back what a sequence holds beside its slots."""

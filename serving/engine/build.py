@@ -36,6 +36,9 @@ def build(spec: ModelSpec, observer: Observer | None = None) -> tuple[Engine, Lo
         max_waiting=spec.max_waiting,
         max_tokens=spec.max_tokens,
         kv_tokens=spec.kv_tokens,
+        prefix_cache_mb=spec.prefix_cache_mb,
+        shed_wait_s=spec.shed_wait_s,
+        min_depth=spec.min_depth,
     )
     warm_up(engine)
     if observer is not None:
@@ -69,6 +72,9 @@ def make_engine(
     max_waiting: int,
     max_tokens: int | None = None,
     kv_tokens: int | None = None,
+    prefix_cache_mb: float = 0,
+    shed_wait_s: float | None = None,
+    min_depth: int | None = None,
 ) -> Engine:
     """`max_tokens` of one sequence, `kv_tokens` of all sequences together that a model with full attention has memory
     for; by default as long as it was trained for, and `slots` times that."""
@@ -84,6 +90,9 @@ def make_engine(
         prefill_tokens=prefill_tokens,
         max_waiting=max_waiting,
         max_tokens=max_tokens,
+        prefix_cache_bytes=int(prefix_cache_mb * 1e6),
+        shed_wait_s=shed_wait_s,
+        min_depth=min_depth,
         grammars=Grammars(
             loaded.tokenizer.to_str() if loaded.tokenizer is not None else None, loaded.model.vocab_size
         ),

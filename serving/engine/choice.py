@@ -31,15 +31,15 @@ class StageChooser:
     def choose(self, stages: Ints, tokens: Ints, waited: Ints) -> int:
         """`stages`, `tokens` and ticks `waited` of everything that is parked; the stage to run."""
         waiting = np.bincount(stages, weights=tokens)
-        there = np.flatnonzero(waiting)
+        there = np.flatnonzero(waiting).tolist()
         if len(there) == 1:
-            return int(there[0])
+            return there[0]
         oldest = int(waited.argmax())
         if waited[oldest] > PATIENCE:
             return int(stages[oldest])
         share = waiting / waiting.sum()
         # Of equals the fullest, then the one nearest to the head.
-        return int(min(there, key=lambda s: (round(self._launch(s) * (1 - share[s]), 9), -share[s], -s)))
+        return min(there, key=lambda s: (round(self._launch(s) * (1 - share[s]), 9), -share[s], -s))
 
     def _launch(self, stage: int) -> float:
         """Seconds of a run however few its rows."""

@@ -30,6 +30,7 @@ class Request:
     id: str
     prompt: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
+    resumed: list[int] = field(default_factory=list)  # of its continuation: generated elsewhere before
     score: bool = False
     embed: str = ""  # "mean" or "last": of the normed hidden vectors that the head would see
     seed: int = 0  # of continuation 0
@@ -41,6 +42,13 @@ class Request:
     policy: DepthPolicy = field(default_factory=DepthPolicy)  # that holds: its own, or the model's default
     matcher: Any = None  # of params.grammar, before the first token (see engine/grammar.py)
     sequences: "list[Sequence]" = field(default_factory=list)
+    cached: int = 0  # tokens whose state was restored
+    miss: str = ""  # why no more were
+
+    @property
+    def given(self) -> list[int]:
+        """All tokens that there are before the first one is generated here."""
+        return self.prompt + self.resumed if self.resumed else self.prompt
 
     @property
     def reads_only(self) -> bool:
@@ -59,8 +67,11 @@ class Sequence:
     slots: Ints = field(default_factory=lambda: np.zeros(0, np.int64))  # all that it holds, `slot` first
     path: int = 0
     prefilled: int = 0  # prompt tokens whose state is in the slots
-    generated: int = 0
-    units: int = 0  # depth of all generated tokens together
+    tokens: list[int] = field(default_factory=list)  # of its continuation, so far
+    counted: int = 0  # predictions made here, and
+    units: int = 0  # the depth of all of them together
+    marks: list[int] = field(default_factory=list)  # lengths of its beginning after which to keep the state
+    tainted: bool = False  # its depths were not those of its policy alone: nobody else may have its state
     embedding: Any = 0.0  # [hidden_size] float64, of the prompt so far
     finished: FinishReason | None = None
 
@@ -91,7 +102,7 @@ class Chunk:
     @property
     def last(self) -> bool:
         """Whether the prompt ends with it."""
-        return self.start + len(self.ids) == len(self.sequence.request.prompt)
+        return self.start + len(self.ids) == len(self.sequence.request.given)
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from serving.engine.backend import Runner
 from serving.engine.core import Chunk, FinishReason, Load, Output, Request, Sampled, Sequence, Tick, Usage
 from serving.engine.depth import DepthPolicy
 from serving.engine.grammar import Grammars
+from serving.engine.memory import Memory
 from serving.engine.observer import Observer
 from serving.engine.scheduler import Scheduler
 from serving.engine.slots import TokenBudget
@@ -33,15 +34,17 @@ class Engine:
         grammars: Grammars | None = None,
         shed_wait_s: float | None = None,
         min_depth: int | None = None,
+        prefix_cache_bytes: int = 0,
     ):
         """`max_tokens` bounds prompt and continuation together. Without `grammars` no request may have
-        one. `shed_wait_s` and `min_depth` are the governor's."""
+        one. `shed_wait_s` and `min_depth` are the governor's, `prefix_cache_bytes` the memory's."""
         self.runner = runner
         self.max_tokens = max_tokens
         self.eos_token_ids = tuple(eos_token_ids)
         self.observer = observer or Observer()
         self.grammars = grammars or Grammars(None, runner.vocab_size)
         self.clock = clock
+        self.memory = Memory(runner, prefix_cache_bytes)
         self.scheduler = Scheduler(
             runner.first_stage,
             runner.final_stages,
@@ -84,8 +87,8 @@ class Engine:
         if not request.prompt:
             raise InvalidArgumentError("prompt", "", "must hold at least one token")
         limit = self.max_tokens - (not request.reads_only)
-        if len(request.prompt) > limit:
-            given = f"{len(request.prompt)} tokens"
+        if len(request.given) > limit:
+            given = f"{len(request.given)} tokens"
             raise InvalidArgumentError("prompt", given, f"at most {limit} tokens fit this model")
         low, high = min(request.prompt), max(request.prompt)
         if low < 0 or high >= self.runner.vocab_size:
@@ -116,6 +119,9 @@ class Engine:
     def _schedule(self) -> Tick | None:
         for sequence in self.scheduler.admit():
             self.runner.admit(sequence, self._endings(sequence.request))
+            sequence.tokens = list(sequence.request.resumed)
+            if sequence.index == 0:
+                self.memory.recall(sequence)
         return self.scheduler.schedule()
 
     def _ran(self, tick: Tick, seconds: float) -> None:
@@ -169,6 +175,7 @@ class Engine:
         """A chunk has passed the final stage."""
         sequence, rows = chunk.sequence, self.scheduler.rows
         self.scheduler.through(chunk)
+        self.memory.passed(sequence)
         if sequence.request.score:
             return [self._scored(chunk, sampled)]
         if sequence.request.embed:
@@ -186,7 +193,8 @@ class Engine:
         """One new token of one sequence."""
         request, rows, slot = sequence.request, self.scheduler.rows, sequence.slot
         token, units = int(sampled.ids[row]), int(rows.units[slot])
-        sequence.generated += 1
+        sequence.tokens.append(token)
+        sequence.counted += 1
         sequence.units += units
         out = Output(request.id, sequence.index, [token], [units], [int(rows.reason[slot])])
         if sampled.logprobs is not None and request.params.logprobs is not None:
@@ -194,10 +202,10 @@ class Engine:
             out.top_logprobs.append(_alternatives(sampled, row, request.params.logprobs))
         if request.first_token is None:
             request.first_token = now
-        length = len(request.prompt) + sequence.generated
-        if token in self._endings(request) and sequence.generated >= request.params.min_tokens:
+        length = len(request.prompt) + len(sequence.tokens)
+        if token in self._endings(request) and len(sequence.tokens) >= request.params.min_tokens:
             self._finish(sequence, FinishReason.STOP, out)
-        elif sequence.generated >= request.params.max_tokens or length >= self.max_tokens:
+        elif len(sequence.tokens) >= request.params.max_tokens or length >= self.max_tokens:
             self._finish(sequence, FinishReason.LENGTH, out)
         else:
             rows.feed(slot, token, length - 1, self.scheduler.tick)
@@ -210,7 +218,7 @@ class Engine:
         count = len(scores)
         ids = request.prompt[chunk.start + 1 : chunk.start + 1 + count]
         chunk.sequence.units += int(chunk.units[:count].sum())
-        chunk.sequence.generated += count
+        chunk.sequence.counted += count
         depths, reasons = chunk.units[:count].tolist(), chunk.reasons[:count].tolist()
         out = Output(request.id, 0, ids, depths, reasons, scores.tolist())
         if chunk.sequence.slot in sampled.score_tops:
@@ -228,7 +236,7 @@ class Engine:
         sequence = chunk.sequence
         sequence.embedding = sequence.embedding + sampled.embeddings[sequence.slot]
         sequence.units += int(chunk.units.sum())
-        sequence.generated += len(chunk.ids)
+        sequence.counted += len(chunk.ids)
         if not chunk.last:
             return []
         count = len(sequence.request.prompt) if sequence.request.embed == "mean" else 1
@@ -238,6 +246,8 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, out: Output) -> None:
         sequence.finished = out.finish_reason = reason
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.memory.ended(sequence)
         self.runner.release(sequence)
         last = self.scheduler.finish(sequence)
         if last:
@@ -248,10 +258,12 @@ class Engine:
         now = self.clock()
         admitted = now if request.admitted is None else request.admitted
         first = now if request.first_token is None else request.first_token
-        tokens = sum(s.generated for s in request.sequences)
+        tokens = sum(s.counted for s in request.sequences)
         mean_depth = sum(s.units for s in request.sequences) / tokens if tokens else 0.0
         return Usage(
             prompt_tokens=len(request.prompt),
+            cached_tokens=request.cached,
+            cache_miss_reason=request.miss,
             completion_tokens=0 if request.reads_only else tokens,
             mean_depth=mean_depth,
             flops_saved=self._saved(request, mean_depth) if tokens else 0.0,

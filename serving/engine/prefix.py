@@ -1,12 +1,12 @@
 """The prefix cache: states of prefixes that were computed before, found by exact token ids.
 
-A radix tree, one for each depth policy (what a policy skips shows in the state). A node ends at a position where a state
-was saved, or where two prompts part. When memory runs out, the state that costs least to compute again per byte goes
-first, with those that were not asked for lately cheapest (GreedyDual-Size, Cao and Irani 1997).
+A radix tree, one for each depth policy (what a policy skips shows in the state). A node ends at a position where a
+state was saved, or where two prompts part. When memory runs out, the state that costs least to compute again per byte
+goes first, with those that were not asked for lately cheapest (GreedyDual-Size, Cao and Irani 1997).
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -48,6 +48,7 @@ class Node:
     end: int  # tokens from the root
     children: "dict[int, Node]" = field(default_factory=dict)
     saved: Saved | None = None
+    since: int = 0  # the state holds what was added after so many tokens
     value: float = 0.0  # what it is worth keeping for; the least goes first
     evicted: bool = False
 
@@ -101,19 +102,31 @@ class PrefixCache:
             return Match(found, seen, Miss.NONE if found is not None and found.end == most else Miss.SHORT)
         return Match(found, seen, self._reason(key, ids, node, found, seen, most))
 
-    def insert(self, key: Hashable, ids: Ints, saved: Saved) -> None:
-        """Keep the state after these tokens."""
-        if saved.nbytes > self.budget:
-            return
+    def insert(self, key: Hashable, ids: Ints, save: Callable[[Saved | None], Saved]) -> None:
+        """Keep the state after these tokens. `save` makes it, from the state above it where states grow."""
         node = self._make(key, ids)
         if node.saved is not None:
             return
-        node.saved, node.evicted = saved, False
+        above = next(node.lineage(), None) if self._grows else None
+        saved = save(None if above is None else above.saved)
+        if saved.nbytes > self.budget:
+            self._prune(node)
+            return
+        node.saved, node.evicted, node.since = saved, False, 0 if above is None else above.end
         self._ghosts.pop(node, None)
         self._states[node] = None
         self.bytes += saved.nbytes
         self._touch(node)
         self._evict(node)
+
+    def chain(self, node: Node) -> list[Saved]:
+        """What it takes to restore a state: itself, and above it what it was saved on top of, from the top."""
+        parts, since = [node], node.since
+        for above in node.lineage():
+            if above is not node and above.end == since and since:
+                parts.append(above)
+                since = above.since
+        return [n.saved for n in reversed(parts) if n.saved is not None]
 
     def holds(self, key: Hashable, ids: Ints) -> bool:
         """Whether the state after exactly these tokens is kept."""

@@ -1,7 +1,8 @@
 """Runs ticks on a model: from row tables to tensors and back. The only part of the engine that knows torch."""
 
 from collections.abc import Sequence as Seq
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +14,26 @@ from models.decoder import Decoder
 from models.depth import signals as measures
 from models.paging import PAGE, pages_for
 from models.paths import NOWHERE, Path
-from models.state import StatePool
+from models.state import Snapshot, StatePool
 from serving.engine.core import Chunk, Floats, Ints, Result, Sampled, Sequence, Tick
 from serving.engine.depth import ABOUT_PREDICTIONS, CONVERGENCE, DepthPolicy
 from serving.engine.paths import PathTable
+from serving.engine.prefix import Saved
 from serving.engine.rows import Rows
 from serving.engine.sampler import Sampler
 from serving.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """The state of one sequence, apart from any pool."""
+
+    slots: list[Snapshot]  # of each slot that it held
+    entries: list[Ints]  # by stage: what each had appended, [slots, depths]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(snapshot.nbytes for snapshot in self.slots)
 
 
 class TorchRunner:
@@ -38,6 +52,7 @@ class TorchRunner:
         if layout.paged:
             self.token_capacity = token_capacity or slots * PAGE * pages_for(max_tokens)
         self.fills = model.fills
+        self.draws = model.draws
         self.one_by_one = frozenset(ABOUT_PREDICTIONS if model.predicts_through is not None else ())
         self.pool = StatePool(
             layout,
@@ -48,7 +63,7 @@ class TorchRunner:
             dtype=model.dtype,
         )
         self.sampler = Sampler(slots, model.vocab_size)
-        # Entries that each stage has appended, by slot and depth: what the counts in the arena say, without asking a GPU.
+        # Entries that each stage has appended, by slot and depth: the counts in the arena, without asking a GPU.
         deepest = max(node.depth for node in model.path().nodes) + 1
         self._entries = [np.zeros((slots + 1, deepest), np.int64) for _ in model.stages if layout.paged]
         # Rows that wait between two stages; a model of one stage has none.
@@ -102,7 +117,13 @@ class TorchRunner:
             for entries in self._entries:
                 entries[slot] = 0
         self.sampler.admit(
-            sequence.slot, request.params, sequence.seed, request.prompt, endings, request.matcher
+            sequence.slot,
+            request.params,
+            sequence.seed,
+            request.prompt,
+            endings,
+            request.matcher,
+            request.resumed,
         )
 
     def fork(self, source: Sequence, target: Sequence) -> None:
@@ -110,6 +131,19 @@ class TorchRunner:
             self.pool.copy(a, b)
             for entries in self._entries:
                 entries[b] = entries[a]
+
+    def save(self, sequence: Sequence, above: Saved | None) -> SavedState:
+        slots = sequence.slots.tolist()
+        earlier = above.slots if isinstance(above, SavedState) else [None] * len(slots)
+        snapshots = [self.pool.read(slot, a) for slot, a in zip(slots, earlier, strict=True)]
+        return SavedState(snapshots, [entries[sequence.slots].copy() for entries in self._entries])
+
+    def load(self, sequence: Sequence, chain: Seq[Saved]) -> None:
+        states = cast("Seq[SavedState]", chain)
+        for i, slot in enumerate(sequence.slots.tolist()):
+            self.pool.write(slot, [saved.slots[i] for saved in states])
+        for mine, saved in zip(self._entries, states[-1].entries, strict=True):
+            mine[sequence.slots] = saved
 
     def release(self, sequence: Sequence) -> None:
         for slot in sequence.slots.tolist():
@@ -221,7 +255,8 @@ class TorchRunner:
                 chunk.rows[self._tensor(tokens)] = made
 
     def _first_exit(self, tick: Tick, rows: Rows, paths: PathTable) -> npt.NDArray[np.bool_]:
-        """Which of the tick's tokens are at the first exit of their path: nothing to compare them with has gone before."""
+        """Which of the tick's tokens are at the first exit of their path, with nothing before to compare them
+        with."""
         owners = np.concatenate([tick.slots, *(np.full(len(c.active), c.sequence.slot) for c in tick.chunks)])
         nodes = np.concatenate([tick.nodes, *(np.full(len(c.active), c.node) for c in tick.chunks)])
         units = paths.look("units", rows.path[owners], nodes)
@@ -283,7 +318,7 @@ class TorchRunner:
                 copies = [s.slot for s in request.sequences if s.finished is None]
                 at.append(np.full(len(copies), end - 1))
                 slots.append(np.array(copies))
-                positions.append(np.full(len(copies), len(request.prompt)))
+                positions.append(np.full(len(copies), len(request.given)))
             first = end
         all_slots, all_at = np.concatenate(slots), np.concatenate(at)
         if not len(all_at):

@@ -37,6 +37,7 @@ class Sampler:
         prompt: Sequence[int],
         endings: Sequence[int],
         matcher: Matcher | None = None,
+        resumed: Sequence[int] = (),
     ) -> None:
         """Take a slot into service. `endings` are the tokens that may not come before min_tokens have; a
         `matcher` says which tokens the request's grammar allows."""
@@ -50,7 +51,9 @@ class Sampler:
         self._logprobs[slot] = -1 if params.logprobs is None else params.logprobs
         self._endings[slot] = list(endings)
         if self._edited[slot]:
-            self._history[slot] = _History(params, prompt, self.vocab_size, matcher)
+            history = self._history[slot] = _History(params, prompt, self.vocab_size, matcher)
+            for token in resumed:
+                history.take(token)
 
     def release(self, slot: int) -> None:
         self._params[slot] = None

@@ -20,6 +20,7 @@ from serving.engine.rows import IDLE, MANY, Rows
 from serving.engine.slots import SlotPool, TokenBudget
 from serving.errors import InvalidArgumentError, OverloadedError
 
+UNREPEATABLE = [ExitReason.GOVERNED, ExitReason.OUT_OF_TIME]
 Skipped = tuple[int, Ints, Ints]
 """A stage, slots, and the depth of each: passes that rows do without."""
 
@@ -52,8 +53,9 @@ class Scheduler:
         fills: bool = False,
         one_by_one: frozenset[str] = frozenset(),
     ):
-        """`prefill_tokens` bounds the prompt tokens on their way, and so how long a tick keeps decoding rows waiting.
-        `max_tokens` bounds each sequence, `budget` the growing state of all of them. Tokens begin at the `first_stage`; the `final_stages` end with the head."""
+        """`prefill_tokens` bounds the prompt tokens on their way, and so how long a tick keeps decoding rows
+        waiting. `max_tokens` bounds each sequence, `budget` the growing state of all of them. Tokens begin at the
+        `first_stage`; the `final_stages` end with the head."""
         self.slots = SlotPool(slots)
         self.budget = budget
         self.rows = Rows(slots)
@@ -181,6 +183,8 @@ class Scheduler:
             return []
         exit_to = self.paths.look("exit_to", paths, nodes)
         leave, reasons = self._leaving(tick, owners, units, signals)
+        for slot in np.unique(owners[np.isin(reasons, UNREPEATABLE) & leave]).tolist():
+            self.running[slot].tainted = True
         leave &= exit_to != NOWHERE
         reasons[~leave] = ExitReason.FULL_DEPTH
         count = len(tick.slots)
@@ -220,7 +224,14 @@ class Scheduler:
             for stage in np.unique(stages[seen]).tolist():
                 chosen = seen & (stages == stage)
                 skipped.setdefault(stage, []).append((at[0][chosen], depths[chosen]))
-        return [(stage, *map(np.concatenate, zip(*parts, strict=True))) for stage, parts in skipped.items()]
+        return [
+            (
+                stage,
+                np.concatenate([slots for slots, _ in parts]),
+                np.concatenate([depths for _, depths in parts]),
+            )
+            for stage, parts in skipped.items()
+        ]
 
     def _reached(self, tick: Tick, units: Ints) -> None:
         """Write down how deep each token of the tick is now."""
@@ -245,7 +256,7 @@ class Scheduler:
         rows.pace[slot] = spent if np.isnan(rows.pace[slot]) else 0.8 * rows.pace[slot] + 0.2 * spent
         if request.deadline is None:
             return
-        tokens = request.params.max_tokens - sequence.generated
+        tokens = request.params.max_tokens - len(sequence.tokens)
         affordable = (request.deadline - self._clock()) / max(1, tokens) / max(rows.pace[slot], 1e-9)
         full = self.paths[sequence.path].full_depth
         highest = full if request.policy.max_depth is None else request.policy.max_depth
@@ -316,7 +327,8 @@ class Scheduler:
                 continue
             start = sequence.prefilled
             most = 1 if sequence.request.policy.signal in self._one_by_one else left
-            ids = np.array(sequence.request.prompt[start : start + most], np.int64)
+            most = min([most, *(mark - start for mark in sequence.marks if mark > start)])
+            ids = np.array(sequence.request.given[start : start + most], np.int64)
             everything = np.arange(len(ids))
             reasons = np.full(len(ids), ExitReason.FULL_DEPTH, np.int64)
             self._chunks.append(
@@ -367,8 +379,8 @@ class Scheduler:
 
     def _leaving(
         self, tick: Tick, owners: Ints, units: Ints, signals: dict[str, Floats]
-    ) -> tuple[Ints, Ints]:
-        """Which tokens want to leave (bool), and why."""
+    ) -> tuple[npt.NDArray[np.bool_], Ints]:
+        """Which tokens want to leave, and why."""
         rows = self.rows
         early = np.zeros(len(owners), bool)
         if "argmax" in signals:

@@ -41,7 +41,7 @@ def parse(kind: type[M], body: bytes) -> M:
 def _refuse_unknown(message: Message) -> None:
     """A parameter that is ignored in silence would be worse than an error."""
     name = message.DESCRIPTOR.full_name
-    for unknown in UnknownFieldSet(message):
+    for unknown in UnknownFieldSet(message):  # type: ignore[attr-defined]  # it is iterable
         raise InvalidArgumentError(f"field number {unknown.field_number} of {name} is unknown to this server")
     for field, value in message.ListFields():
         if field.message_type is None or field.message_type.GetOptions().map_entry:
@@ -131,9 +131,9 @@ def params_from(sampling: pb.SamplingParams, depth: DepthPolicy | None = None) -
             given[field.name] = tuple(value)
         else:
             given[field.name] = value
-    for field in sampling.DESCRIPTOR.fields:  # a field that is there with its zero value is not listed
-        if field.has_presence and field.message_type is None and sampling.HasField(field.name):
-            given[field.name] = getattr(sampling, field.name)
+    for declared in sampling.DESCRIPTOR.fields:  # a field that is there with its zero value is not listed
+        if declared.has_presence and declared.message_type is None and sampling.HasField(declared.name):
+            given[declared.name] = getattr(sampling, declared.name)
     return SamplingParams(**given)
 
 
@@ -155,7 +155,7 @@ def response_from(piece: Piece) -> pb.GenerateResponse:
         logprobs=out.logprobs,
         top_logprobs=[pb.TopLogprobs(token_ids=list(t), logprobs=list(t.values())) for t in out.top_logprobs],
         depths=out.depths,
-        exit_reasons=out.exit_reasons,
+        exit_reasons=out.exit_reasons,  # type: ignore[arg-type]  # numbers, which are quicker than names
         text_lengths=piece.lengths,
     )
     if out.finish_reason is not None:

@@ -10,9 +10,10 @@ T = TypeVar("T")
 WAITING = 64  # items that wait for the reader at a time; a source whose item finds no room waits
 
 
-async def merged(sources: AsyncIterable[AsyncGenerator[T]]) -> AsyncIterator[T]:
+async def merged(sources: AsyncIterable[AsyncGenerator[T]]) -> AsyncGenerator[T]:
     """The items of all sources, each source's in their order, as they come; `sources` may bring new ones
     meanwhile. The failure of one, or closing the iterator, closes them all."""
+    running = 1  # `feed`, and the sources that have not ended
     queue: asyncio.Queue[T | _Ended] = asyncio.Queue(WAITING)
     tasks: set[asyncio.Task[None]] = set()
 
@@ -42,7 +43,6 @@ async def merged(sources: AsyncIterable[AsyncGenerator[T]]) -> AsyncIterator[T]:
             error = raised
         await queue.put(_Ended(error))
 
-    running = 1
     start(feed())
     try:
         while running:

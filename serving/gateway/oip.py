@@ -111,7 +111,7 @@ class Oip:
 
     async def _model_stream_infer(
         self, bodies: AsyncIterator[bytes], metadata: Metadata
-    ) -> AsyncIterator[Message]:
+    ) -> AsyncGenerator[Message]:
         async def requests() -> AsyncIterator[AsyncGenerator[Message]]:
             async for body in bodies:
                 yield self._answers(body, metadata)
@@ -121,8 +121,9 @@ class Oip:
                 yield answer
 
     async def _answers(self, body: bytes, metadata: Metadata) -> AsyncGenerator[Message]:
-        """All responses to one request of a stream. What goes wrong with it is told in its last one, and leaves the
-        other requests alone; a client that sends `triton_grpc_error` has the stream end with a status instead."""
+        """All responses to one request of a stream. What goes wrong with it is told in its last one, and
+        leaves the other requests alone; a client that sends `triton_grpc_error` has the stream end with a
+        status instead."""
         request = wire.ModelInferRequest()
         outcome = "CANCELLED"
         try:

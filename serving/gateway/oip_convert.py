@@ -171,14 +171,14 @@ def _typed(name: str, value: Value) -> Value:
             value = kind(value)
         except ValueError:
             raise InvalidArgumentError(name, value, "must be a number") from None
-    if kind is list and isinstance(value, (str, int)) and not isinstance(value, bool):
+    if kind is list and isinstance(value, (str, int)):
         value = [value]
     if kind is dict and isinstance(value, dict):
         return {_token(name, key): bias for key, bias in value.items()}
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind not in (bool, object)):
         raise InvalidArgumentError(name, value, f"must be of type {kind.__name__}")
-    return tuple(value) if kind is list else value
+    return value
 
 
 def _token(name: str, key: str) -> int:

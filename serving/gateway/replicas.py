@@ -57,7 +57,7 @@ class Mailbox:
         return list(outputs.values())
 
 
-class ReplicaLost(UnavailableError):
+class ReplicaLostError(UnavailableError):
     """The replica ended, or fell silent, with the request unfinished."""
 
 
@@ -91,7 +91,7 @@ class Replica:
     def submit(self, request: Request, timeout_s: float | None) -> Mailbox:
         """Send a request. Raises UnavailableError when the replica is gone."""
         if not self.alive:
-            raise ReplicaLost("the replica is gone")
+            raise ReplicaLostError("the replica is gone")
         mailbox = self._mailboxes[request.id] = Mailbox()
         self._commands.put_nowait(wire.Command(submit=submit_from(request, timeout_s)))
         return mailbox
@@ -136,7 +136,7 @@ class Replica:
             self.alive = False
             log.warning("replica %s of %s is gone: %s", self.entry.replica, self.entry.model, reason)
             for mailbox in self._mailboxes.values():
-                mailbox.fail(ReplicaLost(f"the replica is gone: {reason}"))
+                mailbox.fail(ReplicaLostError(f"the replica is gone: {reason}"))
             self._mailboxes.clear()
             self._on_change()
             await self._channel.close()

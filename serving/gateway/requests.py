@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -91,7 +91,7 @@ class Requests:
         self._listeners = tuple(listeners)
         self._open = 0
 
-    async def generate(self, ask: Ask) -> AsyncIterator[Piece]:
+    async def generate(self, ask: Ask) -> AsyncGenerator[Piece]:
         """Pieces of the continuations as they come. Closing the iterator cancels the request.
 
         Raises RequestError; DeadlineExceededError after the pieces that were ready.
@@ -118,7 +118,8 @@ class Requests:
 
     def _piece(self, text: TextStream, replica: Replica, out: Output) -> Piece | None:
         """What a client is told of some news; nothing after a stop string."""
-        if text.stopped:
+        already = text.stopped
+        if already:
             return None
         parts, rest = text.feed(out.ids, last=out.finish_reason is not None)
         said = "".join(parts) + rest
@@ -222,7 +223,9 @@ class Requests:
             raise InvalidArgumentError("timeout_s", ask.timeout_s, limit)
         return ask.timeout_s
 
-    async def _run(self, request: Request, ask: Ask, record: Record) -> AsyncIterator[tuple[Replica, Output]]:
+    async def _run(
+        self, request: Request, ask: Ask, record: Record
+    ) -> AsyncGenerator[tuple[Replica, Output]]:
         """The engine's news of a request, and which replica it came from."""
         if self._open >= self._spec.max_streams:
             raise OverloadedError(f"this gateway carries {self._open} streams, and no more")

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
@@ -24,6 +24,7 @@ from serving.gateway.status import status_of
 
 log = logging.getLogger("fathom.gateway")
 
+
 class Context(Protocol):
     """The part of a gRPC context that Ray Serve gives to a deployment."""
 
@@ -32,7 +33,7 @@ class Context(Protocol):
     def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]: ...
 
 
-class StreamEnded(Exception):
+class StreamEndedError(Exception):
     """Ends a stream whose context already has a status."""
 
 
@@ -69,7 +70,7 @@ class Rpc:
         self._metrics.ended(call.method, "OK")
         return answer
 
-    async def stream(self, call: Call, context: Context) -> AsyncIterator[Message]:
+    async def stream(self, call: Call, context: Context) -> AsyncGenerator[Message]:
         """Answer an RPC with a stream of responses."""
         try:
             self._bound(call)
@@ -83,12 +84,12 @@ class Rpc:
         except (Exception, asyncio.CancelledError) as error:
             self._fail(call, error, context)
             # The context travels with a message, and there is none any more; with an exception it travels, too.
-            raise StreamEnded(str(error)) from None
+            raise StreamEndedError(str(error)) from None
         self._metrics.ended(call.method, "OK")
 
     async def exchange(
         self, service: str, method: str, calls: AsyncIterator[Call], context: Context
-    ) -> AsyncIterator[Message]:
+    ) -> AsyncGenerator[Message]:
         """Answer an RPC with a stream both ways."""
 
         async def bodies() -> AsyncIterator[bytes]:
@@ -102,7 +103,7 @@ class Rpc:
                     yield answer
         except (Exception, asyncio.CancelledError) as error:
             self._fail(Call(service, method, b""), error, context)
-            raise StreamEnded(str(error)) from None
+            raise StreamEndedError(str(error)) from None
 
     def _bound(self, call: Call) -> None:
         if len(call.body) > self._max_bytes:
@@ -121,7 +122,7 @@ class Rpc:
         context.set_details(str(error) or type(error).__name__)
         self._metrics.ended(call.method, code.name)
 
-    async def _generate(self, body: bytes, metadata: Metadata) -> AsyncIterator[Message]:
+    async def _generate(self, body: bytes, metadata: Metadata) -> AsyncGenerator[Message]:
         ask = convert.ask_from(convert.parse(pb.GenerateRequest, body), metadata)
         async with aclosing(self._requests.generate(ask)) as pieces:
             async for piece in pieces:
@@ -149,7 +150,7 @@ class Rpc:
     async def _check(self, body: bytes, metadata: Metadata) -> Message:
         return self._health(convert.parse(health_pb2.HealthCheckRequest, body).service)
 
-    async def _watch(self, body: bytes, metadata: Metadata) -> AsyncIterator[Message]:
+    async def _watch(self, body: bytes, metadata: Metadata) -> AsyncGenerator[Message]:
         service = convert.parse(health_pb2.HealthCheckRequest, body).service
         last = None
         while True:

@@ -3,6 +3,7 @@ model, policy and rule for skipped depths, whatever arrives, leaves and shares a
 
 import random
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def between(values: list[float]) -> float:
     """A threshold near the median, as far as can be from any value."""
     known = sorted({round(v, 7) for v in values if v == v})
     middle = known[len(known) // 4 : 3 * len(known) // 4 + 1] or known
-    gaps = [(b - a, (a + b) / 2) for a, b in zip(middle[:-1], middle[1:], strict=True)]
+    gaps = [(b - a, (a + b) / 2) for a, b in pairwise(middle)]
     return max(gaps)[1] if gaps else known[0] - 0.5
 
 

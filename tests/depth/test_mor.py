@@ -230,9 +230,19 @@ class Reference:
 
 KINDS: dict[str, dict[str, Any]] = {
     "expert": {"expert": True, "part": AUX_LOSS},
-    "expert tied shared": {"expert": True, "untied": False, "kv": {"enable": True, "update_cache": False}, "part": AUX_LOSS},
+    "expert tied shared": {
+        "expert": True,
+        "untied": False,
+        "kv": {"enable": True, "update_cache": False},
+        "part": AUX_LOSS,
+    },
     "expert untied shared": {"expert": True, "kv": {"enable": True, "update_cache": False}, "part": AUX_LOSS},
-    "expert tied update_cache": {"expert": True, "untied": False, "kv": {"enable": True, "update_cache": True}, "part": AUX_LOSS},
+    "expert tied update_cache": {
+        "expert": True,
+        "untied": False,
+        "kv": {"enable": True, "update_cache": True},
+        "part": AUX_LOSS,
+    },
     "expert cycle aux_router": {
         "expert": True, "sharing": "cycle", "mlp_router": True, "capacity": "0.9,0.5", "n": 2,
         "part": {**AUX_LOSS, "sampling": "aux_router", "router_func": "tanh", "alpha": 0.5},

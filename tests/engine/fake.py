@@ -5,6 +5,7 @@ sequence and one token at a time, and a clock that only moves when a stage runs.
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,12 @@ class Clock:
 
 
 @dataclass
+class FakeState:
+    states: dict[tuple[int, int], int]
+    nbytes: int = 100
+
+
+@dataclass
 class FakeRunner:
     full: Path
     clock: Clock = field(default_factory=Clock)
@@ -60,6 +67,7 @@ class FakeRunner:
     vocab_size: int = VOCAB
     token_capacity: int | None = None
     fills: bool = False
+    draws: bool = False
     one_by_one: frozenset[str] = frozenset()
     ticks: list[tuple[int, int]] = field(default_factory=list)  # (stage, tokens)
 
@@ -86,6 +94,13 @@ class FakeRunner:
         for (slot, stage, depth), value in list(self.states.items()):
             if slot == source.slot:
                 self.states[target.slot, stage, depth] = value
+
+    def save(self, sequence: Sequence, above: Any) -> "FakeState":
+        return FakeState({key[1:]: value for key, value in self.states.items() if key[0] == sequence.slot})
+
+    def load(self, sequence: Sequence, chain: Any) -> None:
+        for (stage, depth), value in chain[-1].states.items():
+            self.states[sequence.slot, stage, depth] = value
 
     def release(self, sequence: Sequence) -> None:
         del self.endings[sequence.slot]

@@ -15,7 +15,7 @@ from serving.config import GatewaySpec, ModelSpec
 from serving.gateway.fleet import Fleet
 from serving.gateway.metrics import GatewayMetrics
 from serving.gateway.requests import Requests
-from serving.gateway.rpc import Rpc, StreamEnded
+from serving.gateway.rpc import Rpc, StreamEndedError
 from serving.gateway.services import Call
 
 
@@ -23,12 +23,16 @@ from serving.gateway.services import Call
 class Context:
     code: grpc.StatusCode = grpc.StatusCode.OK
     details: str = ""
+    metadata: tuple[tuple[str, str], ...] = ()
 
     def set_code(self, code: grpc.StatusCode) -> None:
         self.code = code
 
     def set_details(self, details: str) -> None:
         self.details = details
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return self.metadata
 
 
 @dataclass
@@ -46,9 +50,8 @@ class House:
     async def stream(self, method: str, request: Message | bytes) -> tuple[list[Message], Context]:
         context, messages = Context(), []
         try:
-            async for message in self.rpc.stream(call(method, request), context):
-                messages.append(message)
-        except StreamEnded:
+            messages += [message async for message in self.rpc.stream(call(method, request), context)]
+        except StreamEndedError:
             assert context.code is not grpc.StatusCode.OK
         return messages, context
 

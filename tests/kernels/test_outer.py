@@ -1,5 +1,7 @@
 """Outer-product kernels: naive = scan = numba steps = Triton steps, whatever the shapes and variants."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -36,7 +38,7 @@ def naive(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, u: Tensor | None, states: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
     outs, ends = [], []
-    for n, (a, b) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for n, (a, b) in enumerate(pairwise(offsets)):
         o, s = outer_naive(q[a:b], k[a:b], v[a:b], None if g is None else g[a:b], states[n], 0.3, u)
         outs.append(o)
         ends.append(s)

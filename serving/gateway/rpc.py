@@ -101,7 +101,7 @@ class Rpc:
             async with aclosing(self._exchanges[service, method](bodies(), _metadata(context))) as answers:
                 async for answer in answers:
                     yield answer
-        except (Exception, asyncio.CancelledError) as error:
+        except Exception as error:  # the requests of a stream that is cancelled are counted one by one
             self._fail(Call(service, method, b""), error, context)
             raise StreamEndedError(str(error)) from None
 

@@ -13,8 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from models.load import LoadedModel, load
 from serving.engine.build import make_engine
-from serving.engine.core import FinishReason, Output, Request, Usage
+from serving.engine.core import Request
 from serving.engine.depth import DepthPolicy
+from serving.engine.news import FinishReason, Output, Usage
 from serving.engine.params import SamplingParams
 from serving.errors import FailedPreconditionError, InvalidArgumentError
 from serving.text import TextStream

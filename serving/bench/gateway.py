@@ -15,8 +15,9 @@ from serving.bench.measure import report
 from serving.cluster.local import running
 from serving.config import ModelSpec, ServeConfig
 from serving.engine.build import build
-from serving.engine.core import News, Request
+from serving.engine.core import Request
 from serving.engine.loop import EngineLoop
+from serving.engine.news import News
 from serving.engine.params import SamplingParams
 
 PROMPT = [1, 2, 3, 4]

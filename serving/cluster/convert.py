@@ -6,8 +6,9 @@ from typing import Any
 
 from protos.fathom.internal.v1 import engine_pb2 as wire
 from serving import errors
-from serving.engine.core import Failed, FinishReason, Output, Request, Usage
+from serving.engine.core import Request
 from serving.engine.depth import DepthPolicy
+from serving.engine.news import Failed, FinishReason, Output, Usage
 from serving.engine.params import Grammar, SamplingParams
 
 _KINDS: dict[str, type[errors.RequestError]] = {

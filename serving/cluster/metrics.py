@@ -15,9 +15,10 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from serving.engine.core import FinishReason, Ints, Load, Request, Tick, Usage
+from serving.engine.core import Ints, Request, Tick
 from serving.engine.depth import ExitReason
 from serving.engine.description import Description
+from serving.engine.news import FinishReason, Load, Usage
 from serving.engine.observer import Observer
 
 disable_created_metrics()

@@ -16,8 +16,9 @@ from serving.cluster.link import SIGN_OF_LIFE_S, STREAM_OPTIONS, TOKEN_KEY
 from serving.cluster.metrics import EngineMetrics
 from serving.config import ModelSpec
 from serving.engine.build import build
-from serving.engine.core import Failed, Load, News, Output, Request
+from serving.engine.core import Request
 from serving.engine.loop import EngineLoop
+from serving.engine.news import Failed, Load, News, Output
 from serving.errors import RequestError
 
 log = logging.getLogger("fathom.replica")

@@ -7,10 +7,11 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from serving.engine.backend import Runner
-from serving.engine.core import Chunk, FinishReason, Load, Output, Request, Sampled, Sequence, Tick, Usage
+from serving.engine.core import Chunk, Request, Sampled, Sequence, Tick
 from serving.engine.depth import DepthPolicy
 from serving.engine.grammar import Grammars
 from serving.engine.memory import Memory
+from serving.engine.news import FinishReason, Load, Output, Usage
 from serving.engine.observer import Observer
 from serving.engine.scheduler import Scheduler
 from serving.engine.slots import TokenBudget

@@ -5,8 +5,9 @@ import logging
 import threading
 from collections.abc import Callable
 
-from serving.engine.core import Failed, News, Request
+from serving.engine.core import Request
 from serving.engine.engine import Engine
+from serving.engine.news import Failed, News
 from serving.errors import RequestError
 
 log = logging.getLogger("fathom.engine")

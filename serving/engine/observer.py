@@ -3,7 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
-from serving.engine.core import FinishReason, Ints, Request, Tick, Usage
+from serving.engine.core import Ints, Request, Tick
+from serving.engine.news import FinishReason, Usage
 
 
 class Observer:

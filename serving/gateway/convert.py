@@ -8,9 +8,9 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from protos.fathom.v1 import inference_pb2 as pb
 from protos.fathom.v1 import models_pb2
-from serving.engine.core import FinishReason, Output, Usage
 from serving.engine.depth import DepthPolicy
 from serving.engine.description import Description
+from serving.engine.news import FinishReason, Output, Usage
 from serving.engine.params import Grammar, SamplingParams
 from serving.errors import InvalidArgumentError
 from serving.gateway.requests import Ask, Piece

@@ -8,7 +8,7 @@ from importlib import metadata as packages
 from google.protobuf.message import Message
 
 from protos.inference import grpc_service_pb2 as wire
-from serving.engine.core import Output
+from serving.engine.news import Output
 from serving.errors import InvalidArgumentError, RequestError
 from serving.gateway import convert
 from serving.gateway.fleet import Fleet

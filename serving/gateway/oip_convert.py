@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from protos.inference import grpc_service_pb2 as wire
-from serving.engine.core import Output, Usage
+from serving.engine.news import Output, Usage
 from serving.engine.params import GRAMMARS, Grammar, SamplingParams
 from serving.errors import InvalidArgumentError, NotFoundError
 from serving.gateway.requests import Ask, unique

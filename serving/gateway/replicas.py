@@ -13,8 +13,9 @@ from protos.fathom.internal.v1 import engine_pb2 as wire
 from protos.fathom.internal.v1 import engine_pb2_grpc
 from serving.cluster.convert import error_from, output_from, submit_from
 from serving.cluster.link import SIGN_OF_LIFE_S, STREAM_OPTIONS, TOKEN_KEY, Entry
-from serving.engine.core import Output, Request
+from serving.engine.core import Request
 from serving.engine.description import Description
+from serving.engine.news import Output
 from serving.errors import UnavailableError
 from serving.gateway.chat import ChatTemplate
 

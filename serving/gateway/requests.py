@@ -13,7 +13,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from serving.config import GatewaySpec
-from serving.engine.core import FinishReason, Output, Request, Usage
+from serving.engine.core import Request
+from serving.engine.news import FinishReason, Output, Usage
 from serving.engine.params import SamplingParams
 from serving.errors import (
     DeadlineExceededError,

@@ -12,8 +12,9 @@ import torch
 
 from models.load import LoadedModel, load
 from serving import LLM, SamplingParams
-from serving.engine.core import Output, Request
+from serving.engine.core import Request
 from serving.engine.depth import DepthPolicy
+from serving.engine.news import Output
 from serving.errors import InvalidArgumentError
 from tests import tiny
 from tests.depth.plain import Plain

@@ -13,8 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from models.load import load
 from serving import LLM, SamplingParams
-from serving.engine.core import Output, Request
+from serving.engine.core import Request
 from serving.engine.depth import DepthPolicy
+from serving.engine.news import Output
 from serving.engine.prefix import Miss, Node, PrefixCache
 from tests import tiny
 from tests.depth.test_depth import GLA, LLAMA, recursive

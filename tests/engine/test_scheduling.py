@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.paths import Path
-from serving.engine.core import FinishReason, Output, Request
+from serving.engine.core import Request
 from serving.engine.depth import DepthPolicy, ExitReason
 from serving.engine.engine import Engine
+from serving.engine.news import FinishReason, Output
 from serving.engine.params import SamplingParams
 from serving.errors import InvalidArgumentError, OverloadedError
 from tests.engine.fake import (

@@ -1,0 +1,70 @@
+"""What an engine says: news of its sequences, and how busy it is."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # end of text or a stop token
+    LENGTH = "length"
+    DEADLINE = "deadline"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    mean_depth: float
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    cached_tokens: int = 0
+    cache_miss_reason: str = ""
+    flops_saved: float = 0.0
+
+
+@dataclass(slots=True)
+class Output:
+    """News of one sequence. Lists run in parallel; `finish_reason` comes with its last news, `usage` with the last of
+    its request."""
+
+    request_id: str
+    index: int
+    ids: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    exit_reasons: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    embedding: list[float] = field(default_factory=list)  # in the last news, where it was asked for
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+    def extend(self, later: "Output") -> None:
+        """Take in the next news of the same sequence."""
+        self.ids += later.ids
+        self.depths += later.depths
+        self.exit_reasons += later.exit_reasons
+        self.logprobs += later.logprobs
+        self.top_logprobs += later.top_logprobs
+        self.embedding += later.embedding
+        self.finish_reason = later.finish_reason
+        self.usage = later.usage
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    slots: int
+    running: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A request that the engine could not take, or lost."""
+
+    request_id: str
+    error: Exception
+
+
+News = list[Output | Failed]

@@ -11,9 +11,10 @@ import numpy.typing as npt
 from models.paging import PAGE, pages_for
 from models.paths import NOWHERE, Path
 from serving.engine.choice import StageChooser
-from serving.engine.core import Chunk, Floats, Ints, Load, Request, Sequence, Tick
+from serving.engine.core import Chunk, Floats, Ints, Request, Sequence, Tick
 from serving.engine.depth import AT_LEAST, DEFAULT_THRESHOLDS, SIGNALS, ExitReason
 from serving.engine.governor import Governor
+from serving.engine.news import Load
 from serving.engine.paths import PathTable
 from serving.engine.random import derive
 from serving.engine.rows import IDLE, MANY, Rows
@@ -77,7 +78,7 @@ class Scheduler:
         self._prefilling: list[Sequence] = []
         self._chunks: list[Chunk] = []
         self._deadlines: list[tuple[float, str]] = []
-        self._chooser = StageChooser(first_stage, final_stages)
+        self.chooser = StageChooser(first_stage, final_stages)
 
     def submit(self, request: Request, path: Path) -> None:
         """Queue a request, whose tokens will take this path. Raises InvalidArgumentError or OverloadedError."""
@@ -154,7 +155,7 @@ class Scheduler:
         if not len(parked.stages):
             return None
         self.tick += 1
-        stage = self._chooser.choose(parked.stages, parked.tokens, self.tick - parked.since)
+        stage = self.chooser.choose(parked.stages, parked.tokens, self.tick - parked.since)
         here = parked.slots[parked.stages[: len(parked.slots)] == stage]
         chunks = [chunk for chunk in self._chunks if self._stage_of(chunk) == stage]
         waited = self.tick - 1 - self.rows.since[here]
@@ -167,7 +168,7 @@ class Scheduler:
 
     def ran(self, tick: Tick, seconds: float) -> None:
         """Learn what a stage costs."""
-        self._chooser.ran(tick.stage, len(tick.slots) + tick.prefill_tokens, seconds)
+        self.chooser.ran(tick.stage, len(tick.slots) + tick.prefill_tokens, seconds)
 
     def decide(self, tick: Tick, signals: dict[str, Floats]) -> list[Skipped]:
         """Apply the depth policies: each token of the tick goes on, or leaves for where its path ends early. Returns

@@ -58,6 +58,9 @@ class ModelSpec(Strict):
         None, ge=16
     )  # of all sequences of a replica, where attention keeps every token
     prefix_cache_mb: float = Field(128, ge=0)  # states of prompts that may come again; 0: none are kept
+    snapshot_tokens: int = Field(256, ge=0)
+    """Tokens after which a sequence's state goes to its gateway, so that it goes on from there if this replica is lost;
+    0: never, and all its tokens are computed again."""
     shed_wait_s: float | None = Field(0.5, gt=0)  # a request waits so long before depth is shed; null: never
     min_depth: int | None = Field(None, ge=1)  # down to here, for requests that say nothing; null: not theirs
     max_waiting: int = Field(1024, ge=0)  # requests that one replica queues
@@ -90,6 +93,10 @@ class GatewaySpec(Strict):
     max_message_mb: float = Field(4, gt=0, le=1024)
     default_timeout_s: float = Field(600, gt=0)
     max_timeout_s: float = Field(3600, gt=0)
+    on_replica_loss: Literal["resume", "fail"] = (
+        "resume"  # on another replica, with the same tokens; "fail": no request is ever run twice
+    )
+    resume_timeout_s: float = Field(30, ge=0)  # that a lost request waits for another replica
 
 
 class ServeConfig(Strict):

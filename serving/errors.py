@@ -32,6 +32,10 @@ class FailedPreconditionError(RequestError):
     """Right in itself, but not for this model or not now."""
 
 
+class DataLossError(RequestError):
+    """Something that was kept is damaged."""
+
+
 class DeadlineExceededError(RequestError):
     """The request's time was over before it was done."""
 

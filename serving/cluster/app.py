@@ -30,6 +30,9 @@ log = logging.getLogger("fathom.cluster")
 
 QUIET: dict[str, Any] = {"logging_config": {"enable_access_log": False}}
 
+DRAIN_S = 10.0
+"""That a replica has at its end to hand over its sequences."""
+
 Grpc = Any  # the context that Ray Serve hands to a gRPC method
 
 
@@ -74,6 +77,7 @@ class EngineDeployment:
         self._beating.cancel()
         with suppress(Exception):
             await self._directory.leave.remote(self._entry.replica)
+        await self._replica.drain(DRAIN_S)
         await self._replica.stop()
 
 
@@ -90,12 +94,13 @@ class GatewayDeployment:
         watch = directory().watch
         self._fleet.watch(lambda version, timeout_s: watch.remote(version, timeout_s))
         self._metrics = GatewayMetrics(serve.get_replica_context().replica_id.unique_id)
-        self.rpc = Rpc(Requests(self._fleet, args.spec), self._fleet, args.spec, self._metrics)
+        self._requests, self._spec = Requests(self._fleet, args.spec), args.spec
+        self.rpc = Rpc(self._requests, self._fleet, args.spec, self._metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from serving.gateway.http import make_app
 
-        return make_app(self._fleet, self._metrics)
+        return make_app(self._requests, self._fleet, self._spec, self._metrics)
 
     async def __del__(self) -> None:
         await self._fleet.close()

@@ -8,7 +8,7 @@ from protos.fathom.internal.v1 import engine_pb2 as wire
 from serving import errors
 from serving.engine.core import Request
 from serving.engine.depth import DepthPolicy
-from serving.engine.news import Failed, FinishReason, Output, Usage
+from serving.engine.news import Failed, FinishReason, Output, StateAfter, Usage
 from serving.engine.params import Grammar, SamplingParams
 
 _KINDS: dict[str, type[errors.RequestError]] = {
@@ -19,6 +19,7 @@ _KINDS: dict[str, type[errors.RequestError]] = {
         errors.OverloadedError,
         errors.UnavailableError,
         errors.FailedPreconditionError,
+        errors.DataLossError,
         errors.DeadlineExceededError,
     )
 }
@@ -32,6 +33,9 @@ def submit_from(request: Request, timeout_s: float | None) -> wire.Submit:
         params=json.dumps({**asdict(request.params), "seed": request.seed}).encode(),
         score=request.score,
         embed=request.embed,
+        resumed=request.resumed,
+        state=request.state,
+        keep=request.keep,
         timeout_s=timeout_s,
         priority=request.priority,
     )
@@ -52,6 +56,9 @@ def request_from(submit: wire.Submit, now: float) -> Request:
         params=params,
         score=submit.score,
         embed=submit.embed,
+        resumed=list(submit.resumed),
+        state=submit.state,
+        keep=submit.keep,
         seed=params.seed or 0,
         priority=submit.priority,
         deadline=now + submit.timeout_s if submit.HasField("timeout_s") else None,
@@ -73,6 +80,9 @@ def tokens_from(out: Output) -> wire.Tokens:
         tokens.top_logprobs.extend(alternatives.values())
     if out.finish_reason is not None:
         tokens.finish_reason = out.finish_reason.value
+    if out.state is not None:
+        tokens.state = out.state.data
+        tokens.state_tokens = out.state.tokens
     if out.usage is not None:
         tokens.usage = json.dumps(asdict(out.usage)).encode()
     return tokens
@@ -90,6 +100,7 @@ def output_from(tokens: wire.Tokens) -> Output:
         logprobs=list(tokens.logprobs),
         top_logprobs=[dict(pairs[at : at + width]) for at in range(0, len(pairs), width)] if width else [],
         embedding=list(tokens.embedding),
+        state=StateAfter(tokens.state_tokens, tokens.state) if tokens.state else None,
         finish_reason=FinishReason(tokens.finish_reason) if tokens.finish_reason else None,
         usage=Usage(**json.loads(tokens.usage)) if tokens.usage else None,
     )

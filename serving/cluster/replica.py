@@ -38,7 +38,7 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
         self._loop = EngineLoop(engine, self._from_engine)
         self._events = events
         self._links: dict[str, _Link] = {}  # request id -> the gateway's stream that it came from
-        self._compiling: dict[str, asyncio.Task[None]] = {}  # requests whose grammar is not ready yet
+        self._compiling: dict[str, asyncio.Task[None]] = {}  # requests that are not ready yet
         self._server: grpc.aio.Server | None = None
         self.token = secrets.token_hex(32)
 
@@ -55,6 +55,15 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
         if self._server is not None:
             await self._server.stop(grace=None)
         await asyncio.to_thread(self._loop.stop)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Hand all sequences over to the gateways, which take them to other replicas; at most so long."""
+        self._loop.drain()
+        until = asyncio.get_running_loop().time() + timeout_s
+        while asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(SIGN_OF_LIFE_S)  # the streams take what there is at least so often
+            if not self._links and not self._compiling:
+                break
 
     @property
     def healthy(self) -> bool:
@@ -112,13 +121,14 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
             link.put([Failed(submit.request_id, error)])
             return
         self._links[request.id] = link
-        if request.params.grammar is None:
+        if request.params.grammar is None and not request.state:
             self._loop.submit(request)
         else:
             self._compiling[request.id] = asyncio.create_task(self._submit_compiled(request, link))
 
     async def _submit_compiled(self, request: Request, link: "_Link") -> None:
-        """Submit a request after its grammar has been compiled, in a thread: others need not wait for it."""
+        """Submit a request after its grammar has been compiled and its snapshot read, in a thread: others need not
+        wait for it."""
         try:
             await asyncio.to_thread(self._engine.prepare, request)
             if request.id in self._links:  # else it was cancelled meanwhile
@@ -153,7 +163,9 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
 
     def _load(self) -> wire.Load:
         load: Load = self._engine.load()
-        return wire.Load(slots=load.slots, running=load.running, waiting=load.waiting)
+        return wire.Load(
+            slots=load.slots, running=load.running, waiting=load.waiting, draining=self._engine.draining
+        )
 
 
 class _Link:

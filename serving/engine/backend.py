@@ -1,7 +1,7 @@
 """What the engine asks of whatever runs its ticks: the seam between scheduling and tensors."""
 
 from collections.abc import Sequence as Seq
-from typing import Protocol
+from typing import Any, Protocol
 
 from models.paths import Path
 from serving.engine.core import Ints, Result, Sequence, Tick
@@ -38,6 +38,12 @@ class Runner(Protocol):
 
     def load(self, sequence: Sequence, chain: Seq[Saved]) -> None:
         """Give a sequence in service a state that was saved, with those that it was saved on top of before it."""
+
+    def export(self, sequence: Sequence, about: dict[str, Any]) -> bytes:
+        """A snapshot of a sequence's state, between two of its tokens, with JSON values that `parse` gives back."""
+
+    def parse(self, snapshot: bytes) -> tuple[Saved, dict[str, Any]]:
+        """What was exported. Raises DataLossError, or FailedPreconditionError where it is of another model."""
 
     def release(self, sequence: Sequence) -> None:
         """Take back what a sequence holds beside its slots."""

@@ -37,6 +37,7 @@ def build(spec: ModelSpec, observer: Observer | None = None) -> tuple[Engine, Lo
         max_tokens=spec.max_tokens,
         kv_tokens=spec.kv_tokens,
         prefix_cache_mb=spec.prefix_cache_mb,
+        snapshot_tokens=spec.snapshot_tokens,
         shed_wait_s=spec.shed_wait_s,
         min_depth=spec.min_depth,
     )
@@ -73,6 +74,7 @@ def make_engine(
     max_tokens: int | None = None,
     kv_tokens: int | None = None,
     prefix_cache_mb: float = 0,
+    snapshot_tokens: int = 0,
     shed_wait_s: float | None = None,
     min_depth: int | None = None,
 ) -> Engine:
@@ -84,13 +86,20 @@ def make_engine(
             (loaded.config.max_position_embeddings or UNTRAINED_TOKENS) if paged else CONSTANT_STATE_TOKENS
         )
     return Engine(
-        TorchRunner(loaded.model, slots, max_tokens=max_tokens, token_capacity=kv_tokens),
+        TorchRunner(
+            loaded.model,
+            slots,
+            max_tokens=max_tokens,
+            token_capacity=kv_tokens,
+            fingerprint=f"{loaded.fingerprint}/{loaded.model.dtype}",
+        ),
         slots,
         eos_token_ids=loaded.eos_token_ids,
         prefill_tokens=prefill_tokens,
         max_waiting=max_waiting,
         max_tokens=max_tokens,
         prefix_cache_bytes=int(prefix_cache_mb * 1e6),
+        snapshot_tokens=snapshot_tokens,
         shed_wait_s=shed_wait_s,
         min_depth=min_depth,
         grammars=Grammars(

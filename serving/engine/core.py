@@ -24,6 +24,8 @@ class Request:
     prompt: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     resumed: list[int] = field(default_factory=list)  # of its continuation: generated elsewhere before
+    state: bytes = b""  # a snapshot of the state after a beginning of its tokens
+    keep: bool = False  # its last news is to bring a snapshot
     score: bool = False
     embed: str = ""  # "mean" or "last": of the normed hidden vectors that the head would see
     seed: int = 0  # of continuation 0
@@ -35,6 +37,7 @@ class Request:
     policy: DepthPolicy = field(default_factory=DepthPolicy)  # that holds: its own, or the model's default
     matcher: Any = None  # of params.grammar, before the first token (see engine/grammar.py)
     sequences: "list[Sequence]" = field(default_factory=list)
+    restored: Any = None  # `state`, read (see engine/memory.py)
     cached: int = 0  # tokens whose state was restored
     miss: str = ""  # why no more were
 
@@ -64,6 +67,7 @@ class Sequence:
     counted: int = 0  # predictions made here, and
     units: int = 0  # the depth of all of them together
     marks: list[int] = field(default_factory=list)  # lengths of its beginning after which to keep the state
+    snapshot_at: int = 0  # tokens of prompt and continuation at its newest snapshot
     tainted: bool = False  # its depths were not those of its policy alone: nobody else may have its state
     embedding: Any = 0.0  # [hidden_size] float64, of the prompt so far
     finished: FinishReason | None = None

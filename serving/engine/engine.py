@@ -15,7 +15,7 @@ from serving.engine.news import FinishReason, Load, Output, Usage
 from serving.engine.observer import Observer
 from serving.engine.scheduler import Scheduler
 from serving.engine.slots import TokenBudget
-from serving.errors import InvalidArgumentError
+from serving.errors import InvalidArgumentError, UnavailableError
 
 
 class Engine:
@@ -36,16 +36,19 @@ class Engine:
         shed_wait_s: float | None = None,
         min_depth: int | None = None,
         prefix_cache_bytes: int = 0,
+        snapshot_tokens: int = 0,
     ):
         """`max_tokens` bounds prompt and continuation together. Without `grammars` no request may have
-        one. `shed_wait_s` and `min_depth` are the governor's, `prefix_cache_bytes` the memory's."""
+        one. `shed_wait_s` and `min_depth` are the governor's, `prefix_cache_bytes` and
+        `snapshot_tokens` the memory's."""
         self.runner = runner
         self.max_tokens = max_tokens
         self.eos_token_ids = tuple(eos_token_ids)
         self.observer = observer or Observer()
         self.grammars = grammars or Grammars(None, runner.vocab_size)
         self.clock = clock
-        self.memory = Memory(runner, prefix_cache_bytes)
+        self.memory = Memory(runner, prefix_cache_bytes, snapshot_tokens)
+        self.draining = False
         self.scheduler = Scheduler(
             runner.first_stage,
             runner.final_stages,
@@ -101,13 +104,17 @@ class Engine:
         self.prepare(request)
         asked = request.params.policy
         request.policy = self.runner.default_depth if asked is None else asked.over(self.runner.default_depth)
+        if self.draining:
+            raise UnavailableError("this replica is about to end")
         self.scheduler.submit(request, self.runner.path(request.policy))
 
     def prepare(self, request: Request) -> None:
-        """What of `submit` takes long, and may be done before it by any thread: compile the request's
-        grammar.
+        """What of `submit` takes long, and may be done before it by any thread: compile the request's grammar,
+        read its snapshot.
 
-        Raises InvalidArgumentError or FailedPreconditionError."""
+        Raises InvalidArgumentError, FailedPreconditionError or DataLossError."""
+        if request.state and request.restored is None:
+            request.restored = self.memory.read(request)
         if request.params.grammar is not None and request.matcher is None:
             request.matcher = self.grammars.matcher(request.params.grammar, self.eos_token_ids)
 
@@ -116,6 +123,16 @@ class Engine:
         request may just have ended."""
         request = self.scheduler.requests.get(request_id)
         return [] if request is None else self._stop(request, FinishReason.CANCELLED, index)
+
+    def drain(self) -> list[Output]:
+        """Take no more requests, and hand over those that there are: what waits or reads its prompt at once, the
+        others after their next token, with their state."""
+        self.draining = True
+        outputs = []
+        for request in list(self.scheduler.requests.values()):
+            if request.reads_only or self.scheduler.before_decoding(request):
+                outputs += self._stop(request, FinishReason.MOVED)
+        return outputs
 
     def _schedule(self) -> Tick | None:
         for sequence in self.scheduler.admit():
@@ -209,7 +226,11 @@ class Engine:
         elif len(sequence.tokens) >= request.params.max_tokens or length >= self.max_tokens:
             self._finish(sequence, FinishReason.LENGTH, out)
         else:
-            rows.feed(slot, token, length - 1, self.scheduler.tick)
+            out.state = self.memory.due(sequence, always=self.draining)
+            if self.draining:
+                self._finish(sequence, FinishReason.MOVED, out)
+            else:
+                rows.feed(slot, token, length - 1, self.scheduler.tick)
         return out
 
     def _scored(self, chunk: Chunk, sampled: Sampled) -> Output:
@@ -248,7 +269,7 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason, out: Output) -> None:
         sequence.finished = out.finish_reason = reason
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
-            self.memory.ended(sequence)
+            out.state = self.memory.ended(sequence)
         self.runner.release(sequence)
         last = self.scheduler.finish(sequence)
         if last:

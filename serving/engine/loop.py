@@ -51,6 +51,10 @@ class EngineLoop:
         """Stop a request, or one of its continuations, before the next step."""
         self._send(lambda: [*self.engine.cancel(request_id, index)])
 
+    def drain(self) -> None:
+        """Take no more requests, and hand over those that there are."""
+        self._send(lambda: [*self.engine.drain()])
+
     def _send(self, command: Callable[[], News]) -> None:
         self._commands.append(command)
         self._wake.set()

@@ -9,6 +9,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     DEADLINE = "deadline"
     CANCELLED = "cancelled"
+    MOVED = "moved"  # not finished: it goes on elsewhere; no client is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,14 @@ class Usage:
     flops_saved: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class StateAfter:
+    """A snapshot of one sequence."""
+
+    tokens: int  # of its continuation; the state is that after all but the last of them, which has not been fed yet
+    data: bytes  # see models/snapshots.py
+
+
 @dataclass(slots=True)
 class Output:
     """News of one sequence. Lists run in parallel; `finish_reason` comes with its last news, `usage` with the last of
@@ -37,6 +46,7 @@ class Output:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     embedding: list[float] = field(default_factory=list)  # in the last news, where it was asked for
+    state: StateAfter | None = None  # the newest snapshot, now and then
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
 
@@ -48,6 +58,7 @@ class Output:
         self.logprobs += later.logprobs
         self.top_logprobs += later.top_logprobs
         self.embedding += later.embedding
+        self.state = later.state or self.state
         self.finish_reason = later.finish_reason
         self.usage = later.usage
 

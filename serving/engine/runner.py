@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from models import snapshots
 from models.batch import Batch
 from models.decoder import Decoder
 from models.depth import signals as measures
@@ -21,7 +22,7 @@ from serving.engine.paths import PathTable
 from serving.engine.prefix import Saved
 from serving.engine.rows import Rows
 from serving.engine.sampler import Sampler
-from serving.errors import InvalidArgumentError
+from serving.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +40,20 @@ class SavedState:
 class TorchRunner:
     """A model, the states of `slots` sequences, and a sampler."""
 
-    def __init__(self, model: Decoder, slots: int, *, max_tokens: int = 0, token_capacity: int | None = None):
+    def __init__(
+        self,
+        model: Decoder,
+        slots: int,
+        *,
+        max_tokens: int = 0,
+        token_capacity: int | None = None,
+        fingerprint: str = "",
+    ):
         """`token_capacity`: entries of growing state of all sequences together, by default `slots` sequences of
-        `max_tokens`; neither matters to a model whose state is constant."""
+        `max_tokens`; neither matters to a model whose state is constant. `fingerprint`: what the snapshots that it
+        reads have to agree in."""
         self.model = model
+        self._fingerprint = fingerprint
         self.vocab_size = model.vocab_size
         self.first_stage = model.path().nodes[0].stage
         self.final_stages = frozenset(i for i, stage in enumerate(model.stages) if stage.head)
@@ -135,8 +146,8 @@ class TorchRunner:
     def save(self, sequence: Sequence, above: Saved | None) -> SavedState:
         slots = sequence.slots.tolist()
         earlier = above.slots if isinstance(above, SavedState) else [None] * len(slots)
-        snapshots = [self.pool.read(slot, a) for slot, a in zip(slots, earlier, strict=True)]
-        return SavedState(snapshots, [entries[sequence.slots].copy() for entries in self._entries])
+        states = [self.pool.read(slot, a) for slot, a in zip(slots, earlier, strict=True)]
+        return SavedState(states, [entries[sequence.slots].copy() for entries in self._entries])
 
     def load(self, sequence: Sequence, chain: Seq[Saved]) -> None:
         states = cast("Seq[SavedState]", chain)
@@ -144,6 +155,20 @@ class TorchRunner:
             self.pool.write(slot, [saved.slots[i] for saved in states])
         for mine, saved in zip(self._entries, states[-1].entries, strict=True):
             mine[sequence.slots] = saved
+
+    def export(self, sequence: Sequence, about: dict[str, Any]) -> bytes:
+        saved = self.save(sequence, None)
+        entries = [e.tolist() for e in saved.entries]
+        return snapshots.to_bytes(saved.slots, self._fingerprint, {**about, "entries": entries})
+
+    def parse(self, snapshot: bytes) -> tuple[SavedState, dict[str, Any]]:
+        try:
+            states, about = snapshots.from_bytes(snapshot, self._fingerprint)
+        except snapshots.ForeignSnapshotError as error:
+            raise FailedPreconditionError(str(error)) from None
+        except snapshots.DamagedSnapshotError as error:
+            raise DataLossError(str(error)) from None
+        return SavedState(states, [np.array(e, np.int64) for e in about["entries"]]), about
 
     def release(self, sequence: Sequence) -> None:
         for slot in sequence.slots.tolist():

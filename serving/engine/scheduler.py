@@ -295,6 +295,10 @@ class Scheduler:
         del self.requests[request.id]
         return True
 
+    def before_decoding(self, request: Request) -> bool:
+        """Whether a request waits, or has prompt tokens that have not been started on."""
+        return not request.sequences or any(s in self._prefilling for s in request.sequences)
+
     def withdraw(self, request: Request) -> None:
         """Take a request out of the queue."""
         self._waiting = [entry for entry in self._waiting if entry[2] is not request]

@@ -28,10 +28,11 @@ SILENCE_S = 10 * SIGN_OF_LIFE_S
 class Mailbox:
     """News of one request, as it comes from its replica."""
 
-    def __init__(self) -> None:
+    def __init__(self, some: asyncio.Event):
+        """`some` is set whenever there is some."""
         self._outputs: dict[int, Output] = {}  # by continuation
         self._error: Exception | None = None
-        self._some = asyncio.Event()
+        self._some = some
 
     def put(self, out: Output) -> None:
         known = self._outputs.get(out.index)
@@ -45,17 +46,11 @@ class Mailbox:
         self._error = error
         self._some.set()
 
-    async def take(self) -> list[Output]:
-        """All news since the last call, one for each continuation that has some. Raises what ended the request; news
-        that came before it goes first."""
-        await self._some.wait()
-        self._some.clear()
+    def take(self) -> tuple[list[Output], Exception | None]:
+        """All news since the last call, one for each continuation that has some; and what ended the request, which
+        came after them."""
         outputs, self._outputs = self._outputs, {}
-        if not outputs and self._error is not None:
-            raise self._error
-        if self._error is not None:
-            self._some.set()
-        return list(outputs.values())
+        return list(outputs.values()), self._error
 
 
 class ReplicaLostError(UnavailableError):
@@ -89,11 +84,12 @@ class Replica:
         busy = max(self.load.running + self.load.waiting, len(self._mailboxes))
         return busy / max(1, self.load.slots)
 
-    def submit(self, request: Request, timeout_s: float | None) -> Mailbox:
-        """Send a request. Raises UnavailableError when the replica is gone."""
+    def submit(self, request: Request, timeout_s: float | None, some: asyncio.Event) -> Mailbox:
+        """Send a request; `some` is set when there is news of it. Raises UnavailableError when the replica is
+        gone."""
         if not self.alive:
             raise ReplicaLostError("the replica is gone")
-        mailbox = self._mailboxes[request.id] = Mailbox()
+        mailbox = self._mailboxes[request.id] = Mailbox(some)
         self._commands.put_nowait(wire.Command(submit=submit_from(request, timeout_s)))
         return mailbox
 
@@ -147,7 +143,10 @@ class Replica:
             yield await self._commands.get()
 
     def _take(self, events: wire.Events) -> None:
+        drained = events.load.draining and not self.load.draining
         self.load = events.load
+        if drained:
+            self._on_change()
         if events.description:
             self.description = Description.from_json(events.description)
             self.tokenizer = Tokenizer.from_str(events.tokenizer.decode()) if events.tokenizer else None

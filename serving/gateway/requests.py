@@ -4,8 +4,8 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from serving.errors import (
     UnimplementedError,
 )
 from serving.gateway.fleet import Fleet
-from serving.gateway.replicas import Mailbox, Replica
+from serving.gateway.journey import Journey
 from serving.text import TextStream
 
 LONG_TEXT = 1 << 15  # characters; longer ones are encoded off the event loop
@@ -105,9 +105,9 @@ class Requests:
                 limit = "this model has no tokenizer: use stop_token_ids"
                 raise InvalidArgumentError("stop", ask.params.stop[0], limit)
             gathered = _Usage()
-            async with aclosing(self._run(prepared, ask, record)) as news:
-                async for replica, out in news:
-                    piece = self._piece(texts[out.index], replica, out)
+            async with self._journey(prepared, ask, record) as journey:
+                async for out in journey.news():
+                    piece = self._piece(texts[out.index], journey, out)
                     usage = gathered.add(out, 0 if piece is None else len(piece.news.ids))
                     if piece is None and usage is not None:
                         piece = Piece(prepared.id, out.index, "", Output(prepared.id, out.index))
@@ -117,7 +117,7 @@ class Requests:
                     if out.finish_reason is FinishReason.DEADLINE and usage is not None:
                         raise DeadlineExceededError(f"timeout_s = {self._timeout(ask):g} is over")
 
-    def _piece(self, text: TextStream, replica: Replica, out: Output) -> Piece | None:
+    def _piece(self, text: TextStream, journey: Journey, out: Output) -> Piece | None:
         """What a client is told of some news; nothing after a stop string."""
         already = text.stopped
         if already:
@@ -128,7 +128,7 @@ class Requests:
         if text.stopped:
             piece.news.finish_reason = FinishReason.STOP
             if out.finish_reason is None:
-                replica.cancel(out.request_id, out.index)
+                journey.cancel(out.index)
         return piece
 
     async def score(self, ask: Ask) -> tuple[list[int], Output]:
@@ -147,8 +147,8 @@ class Requests:
         with self._recorded(method, ask) as record:
             prepared, _, _ = await self._prepare(ask, record, **work)
             whole = Output(prepared.id, 0)
-            async with aclosing(self._run(prepared, ask, record)) as news:
-                async for _, out in news:
+            async with self._journey(prepared, ask, record) as journey:
+                async for out in journey.news():
                     whole.extend(out)
             if whole.finish_reason is FinishReason.DEADLINE:
                 raise DeadlineExceededError(f"timeout_s = {self._timeout(ask):g} is over")
@@ -224,29 +224,29 @@ class Requests:
             raise InvalidArgumentError("timeout_s", ask.timeout_s, limit)
         return ask.timeout_s
 
-    async def _run(
-        self, request: Request, ask: Ask, record: Record
-    ) -> AsyncGenerator[tuple[Replica, Output]]:
-        """The engine's news of a request, and which replica it came from."""
+    @asynccontextmanager
+    async def _journey(self, request: Request, ask: Ask, record: Record) -> AsyncIterator[Journey]:
+        """A request under way; nothing is left of it on any replica afterwards."""
         if self._open >= self._spec.max_streams:
             raise OverloadedError(f"this gateway carries {self._open} streams, and no more")
-        deadline = time.monotonic() + self._timeout(ask)
-        replica = self.fleet.pick(self.fleet.resolve(ask.model))
-        record.replica = replica.entry.replica
-        mailbox: Mailbox = replica.submit(request, deadline - time.monotonic())
+        model = self.fleet.resolve(ask.model)
+        journey = Journey(
+            self.fleet,
+            model,
+            request,
+            deadline=time.monotonic() + self._timeout(ask),
+            resumes=self._spec.on_replica_loss == "resume",
+            patience_s=self._spec.resume_timeout_s,
+        )
+        journey.start(self.fleet.pick(model))
         self._open += 1
-        done = False
         try:
-            while not done:
-                for out in await mailbox.take():
-                    if out.usage is not None:
-                        done, record.usage, record.finish_reason = True, out.usage, out.finish_reason
-                    yield replica, out
+            yield journey
         finally:
             self._open -= 1
-            replica.forget(request.id)
-            if not done:
-                replica.cancel(request.id)
+            record.replica = journey.replica
+            record.usage, record.finish_reason = journey.usage, journey.finish_reason
+            journey.end()
 
 
 def _cut(out: Output, used: int) -> Output:

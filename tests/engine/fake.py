@@ -2,6 +2,7 @@
 that a token at the wrong slot, depth, position or time gives another result. With it, a plain reference that runs one
 sequence and one token at a time, and a clock that only moves when a stage runs."""
 
+import json
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -101,6 +102,14 @@ class FakeRunner:
     def load(self, sequence: Sequence, chain: Any) -> None:
         for (stage, depth), value in chain[-1].states.items():
             self.states[sequence.slot, stage, depth] = value
+
+    def export(self, sequence: Sequence, about: dict[str, Any]) -> bytes:
+        saved = [[*key, value] for key, value in self.save(sequence, None).states.items()]
+        return json.dumps([saved, about]).encode()
+
+    def parse(self, snapshot: bytes) -> "tuple[FakeState, dict[str, Any]]":
+        saved, about = json.loads(snapshot)
+        return FakeState({(stage, depth): value for stage, depth, value in saved}), about
 
     def release(self, sequence: Sequence) -> None:
         del self.endings[sequence.slot]

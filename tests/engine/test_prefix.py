@@ -53,8 +53,8 @@ class TreeAgainstDictionary(RuleBasedStateMachine):
     def match(self, key: str, ids: list[int], spare: int) -> None:
         most = len(ids) - spare
         found = self.cache.match(key, np.array(ids), most)
-        found = (i for k, i in self.known if k == key and tuple(ids[: len(i)]) == i and len(i) <= most)
-        best = max(map(len, found), default=0)
+        lengths = (len(i) for k, i in self.known if k == key and tuple(ids[: len(i)]) == i and len(i) <= most)
+        best = max(lengths, default=0)
         assert found.tokens == best
         if found.node is not None:
             (state,) = self.cache.chain(found.node)

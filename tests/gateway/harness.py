@@ -74,8 +74,10 @@ def call(method: str, request: Message | bytes) -> Call:
 
 
 @asynccontextmanager
-async def house(*folders: Path, gateway: GatewaySpec | None = None, **spec: object) -> AsyncIterator[House]:
-    """One replica for each checkpoint folder, served under the folder's name."""
+async def house(
+    *folders: Path, gateway: GatewaySpec | None = None, replicas: int = 1, **spec: object
+) -> AsyncIterator[House]:
+    """`replicas` for each checkpoint folder, served under the folder's name."""
     gateway = gateway or GatewaySpec()
     names = [folder.name for folder in folders]
     fleet = Fleet(names)
@@ -83,7 +85,7 @@ async def house(*folders: Path, gateway: GatewaySpec | None = None, **spec: obje
     requests = Requests(fleet, gateway)
     made = House(fleet, requests, Rpc(requests, fleet, gateway, metrics), metrics)
     entries = []
-    for number, folder in enumerate(folders):
+    for number, folder in enumerate(folder for folder in folders for _ in range(replicas)):
         options = {"slots": 8, "dtype": "float32", **spec}
         model = ModelSpec.model_validate({"path": str(folder), "name": folder.name, **options})
         replica = await asyncio.to_thread(EngineReplica, model, f"r{number}", asyncio.get_running_loop())

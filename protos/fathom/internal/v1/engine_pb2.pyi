@@ -15,7 +15,7 @@ class Command(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "prompt", "params", "score", "timeout_s", "priority", "embed")
+    __slots__ = ("request_id", "prompt", "params", "score", "timeout_s", "priority", "embed", "resumed", "state", "keep")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,9 @@ class Submit(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     EMBED_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     params: bytes
@@ -30,7 +33,10 @@ class Submit(_message.Message):
     timeout_s: float
     priority: int
     embed: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., params: _Optional[bytes] = ..., score: _Optional[bool] = ..., timeout_s: _Optional[float] = ..., priority: _Optional[int] = ..., embed: _Optional[str] = ...) -> None: ...
+    resumed: _containers.RepeatedScalarFieldContainer[int]
+    state: bytes
+    keep: bool
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., params: _Optional[bytes] = ..., score: _Optional[bool] = ..., timeout_s: _Optional[float] = ..., priority: _Optional[int] = ..., embed: _Optional[str] = ..., resumed: _Optional[_Iterable[int]] = ..., state: _Optional[bytes] = ..., keep: _Optional[bool] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id", "index")
@@ -57,7 +63,7 @@ class Events(_message.Message):
     def __init__(self, tokens: _Optional[_Iterable[_Union[Tokens, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., description: _Optional[bytes] = ..., tokenizer: _Optional[bytes] = ..., chat: _Optional[bytes] = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("request_id", "index", "ids", "logprobs", "depths", "exit_reasons", "top_ids", "top_logprobs", "finish_reason", "usage", "embedding")
+    __slots__ = ("request_id", "index", "ids", "logprobs", "depths", "exit_reasons", "top_ids", "top_logprobs", "finish_reason", "usage", "embedding", "state", "state_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +75,8 @@ class Tokens(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STATE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     index: int
     ids: _containers.RepeatedScalarFieldContainer[int]
@@ -80,7 +88,9 @@ class Tokens(_message.Message):
     finish_reason: str
     usage: bytes
     embedding: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, request_id: _Optional[str] = ..., index: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., depths: _Optional[_Iterable[int]] = ..., exit_reasons: _Optional[_Iterable[int]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., finish_reason: _Optional[str] = ..., usage: _Optional[bytes] = ..., embedding: _Optional[_Iterable[float]] = ...) -> None: ...
+    state: bytes
+    state_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., index: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., depths: _Optional[_Iterable[int]] = ..., exit_reasons: _Optional[_Iterable[int]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., finish_reason: _Optional[str] = ..., usage: _Optional[bytes] = ..., embedding: _Optional[_Iterable[float]] = ..., state: _Optional[bytes] = ..., state_tokens: _Optional[int] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("request_id", "code", "message")

@@ -1,0 +1,123 @@
+"""Streams outlive the replica that they began on: the same tokens as if nothing had happened."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving import LLM, SamplingParams
+from serving.config import GatewaySpec
+from serving.engine.core import Tick
+from serving.errors import UnavailableError
+from serving.gateway.requests import Ask
+from tests import tiny
+from tests.gateway.harness import House, house
+
+MODELS: dict[str, dict[str, Any]] = {"gla": tiny.GLA, "looped gla": tiny.LOOPED}
+TEXTS = [f"def f{i}(x):" for i in range(8)]
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.checkpoint(tmp_path_factory.mktemp("models") / "tiny", MODELS[request.param])
+
+
+def params(**given: object) -> SamplingParams:
+    options: dict[str, Any] = {"temperature": 0.9, "seed": 5, "max_tokens": 120, "ignore_eos": True, **given}
+    return SamplingParams(**options)
+
+
+async def kill(h: House) -> None:
+    await h.replicas.pop(0).stop()
+
+
+async def drain(h: House) -> None:
+    replica = h.replicas.pop(0)
+    await replica.drain(10)
+    assert not replica._engine.busy
+    await replica.stop()
+
+
+async def all_streams(
+    h: House, interrupt: Callable[[House], Awaitable[None]] | None, **given: object
+) -> list[list[list[int]]]:
+    """The tokens of each text's continuations; `interrupt` comes when all of them have begun."""
+    begun = asyncio.Event()
+    running = 0
+
+    async def one(text: str) -> list[list[int]]:
+        nonlocal running
+        wanted = params(**given)
+        ids: list[list[int]] = [[] for _ in range(wanted.n)]
+        usage = None
+        async for piece in h.requests.generate(Ask(text, params=wanted)):
+            ids[piece.index] += piece.news.ids
+            usage = piece.news.usage or usage
+            if running < len(TEXTS) and len(ids[piece.index]) > 5:
+                running += 1
+                if running == len(TEXTS):
+                    begun.set()
+        assert usage is not None and usage.completion_tokens == sum(map(len, ids))
+        return ids
+
+    tasks = [asyncio.create_task(one(text)) for text in TEXTS]
+    if interrupt is not None:
+        await begun.wait()
+        await interrupt(h)
+    return await asyncio.gather(*tasks)
+
+
+@pytest.mark.parametrize("interrupt", [kill, drain])
+@pytest.mark.parametrize("snapshot_tokens", [0, 16])
+async def test_a_replica_that_goes_takes_no_stream_with_it(
+    folder: Path, interrupt: Callable[[House], Awaitable[None]], snapshot_tokens: int
+) -> None:
+    llm = LLM(folder, dtype="float32", slots=8)
+    quiet = [[c.token_ids for c in r.outputs] for r in llm.generate(TEXTS, params(n=2))]
+    async with house(folder, replicas=2, slots=16, snapshot_tokens=snapshot_tokens) as h:
+        assert await all_streams(h, interrupt, n=2) == quiet
+        await h.idle()
+
+
+async def test_no_more_than_the_snapshots_allow_is_computed_again(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "tiny")
+    async with house(folder, replicas=2, snapshot_tokens=32, prefix_cache_mb=0) as h:
+        read: list[int] = []
+        runner = h.replicas[1]._engine.runner  # the other one is going to be killed
+        run = runner.run
+
+        def counted(tick: Tick, *rest: Any) -> Any:
+            read.append(tick.prefill_tokens)
+            return run(tick, *rest)
+
+        runner.run = counted  # type: ignore[method-assign]
+        await all_streams(h, kill)
+        prompts = sum(len(tiny.tokenizer().encode(text).ids) for text in TEXTS)
+        assert 0 < sum(read) <= prompts + len(TEXTS) * 32
+
+
+async def test_a_lost_request_waits_for_a_replica_and_gives_up_in_time(folder: Path) -> None:
+    async with house(folder, gateway=GatewaySpec(resume_timeout_s=0.2)) as h:
+        with pytest.raises(UnavailableError):
+            await all_streams(h, kill)
+
+
+async def test_at_most_once_fails_instead(folder: Path) -> None:
+    async with house(folder, replicas=2, gateway=GatewaySpec(on_replica_loss="fail")) as h:
+        with pytest.raises(UnavailableError):
+            await all_streams(h, kill)
+
+
+async def test_a_score_survives(folder: Path) -> None:
+    ids = [i % 250 for i in range(2000)]
+    async with house(folder, replicas=2, prefill_tokens=32) as h:
+        _, quiet = await h.requests.score(Ask(ids))
+        task = asyncio.create_task(h.requests.score(Ask(ids)))
+        while not (busy := [r for r in h.replicas if r._engine.busy]):
+            await asyncio.sleep(0.001)
+        await busy[0].stop()
+        _, after = await task
+        assert after.ids == quiet.ids == ids[1:]
+        assert after.logprobs == pytest.approx(quiet.logprobs, abs=1e-5)

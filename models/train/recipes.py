@@ -26,6 +26,7 @@ GLA = Recipe(
         "eos_token_id": 0,
         "max_position_embeddings": 4096,
     },
+    steps=2100,
     long_length=4096,
 )
 
@@ -53,7 +54,8 @@ SORTED = Recipe(
         "exits": [2, 4, 6],
     },
     objective=every_exit,
-    steps=1500,
+    steps=600,
+    tokens=4096,
 )
 
 MOR = Recipe(
@@ -84,7 +86,8 @@ MOR = Recipe(
         },
     },
     objective=picked_tokens,
-    steps=1500,
+    steps=600,
+    tokens=4096,
 )
 
 LOOPED_GLA = Recipe(
@@ -101,7 +104,8 @@ LOOPED_GLA = Recipe(
         "eos_token_id": 0,
     },
     objective=gated_loops,
-    steps=1500,
+    steps=600,
+    tokens=4096,
 )
 
 RECIPES = {recipe.name: recipe for recipe in (GLA, MOR, SORTED, LOOPED_GLA)}

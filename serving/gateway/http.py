@@ -1,14 +1,26 @@
-"""The HTTP door: metrics and liveness."""
+"""The HTTP door: OpenAI's protocol, metrics and liveness."""
 
-from fastapi import FastAPI, Response
+import logging
+
+from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 
+from serving.config import GatewaySpec
 from serving.gateway.fleet import Fleet
 from serving.gateway.metrics import GatewayMetrics
+from serving.gateway.openai import OpenAi
+from serving.gateway.requests import Requests
+from serving.gateway.web import HttpError, refusal
+
+log = logging.getLogger("fathom.gateway")
 
 
-def make_app(fleet: Fleet, metrics: GatewayMetrics) -> FastAPI:
-    app = FastAPI(title="Fathom", docs_url=None, redoc_url=None)
+def make_app(requests: Requests, fleet: Fleet, spec: GatewaySpec, metrics: GatewayMetrics) -> FastAPI:
+    """An ASGI application."""
+    app = FastAPI(title="Fathom", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -20,5 +32,18 @@ def make_app(fleet: Fleet, metrics: GatewayMetrics) -> FastAPI:
     @app.get("/metrics")
     async def scrape() -> Response:
         return Response(await metrics.scrape(fleet), media_type=CONTENT_TYPE_LATEST)
+
+    app.router.routes.extend(OpenAi(requests, fleet, spec, metrics).routes)
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> Response:
+        """No such path, or not with this method."""
+        what = {404: "no such path", 405: "not with this method"}.get(error.status_code, str(error.detail))
+        message = f"{request.method} {request.url.path}: {what}"
+        return refusal(HttpError(error.status_code, "not_found", message), error.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return refusal(error)
 
     return app

@@ -58,7 +58,7 @@ class House:
     async def idle(self) -> None:
         """Until nothing runs; nothing may be left behind."""
         for _ in range(500):
-            if not any(r._engine.busy for r in self.replicas):
+            if not self.requests._open and not any(r._engine.busy or r._links for r in self.replicas):
                 break
             await asyncio.sleep(0.01)
         for replica in self.replicas:

@@ -52,3 +52,22 @@ def gateway(
     from serving.bench import gateway as bench
 
     bench.run(model, requests, streams, tokens, ingress, grpc_port, http_port)
+
+
+@app.command()
+def depth(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="may be given again; random: a larger one whose depths are replayed. All by default"
+        ),
+    ] = None,
+    sequences: Annotated[list[int], typer.Option(help="may be given again")] = [8, 32, 128],  # noqa: B006
+    tokens: Annotated[int, typer.Option(min=1, help="of each sequence")] = 48,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Early exits in lock-step batches and continuously, against the full depth and the ideal."""
+    from serving.bench import depth as bench
+
+    bench.run(model or [], sequences, tokens, dtype, threads or os.cpu_count() or 1)

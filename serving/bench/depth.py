@@ -1,0 +1,291 @@
+"""``fathom bench depth``: what leaving early saves, and how near continuous depth-wise batching is to saving all of it.
+
+The same requests three ways: every row to the full depth; early exit with lock-step batches, which wait for their
+deepest row; continuously. The three take turns in one run, so that they see the same machine.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.progress import track
+
+from models.checkpoint import ZOO
+from models.decoder import Decoder
+from models.load import load, pick_device, pick_dtype, prepare
+from models.paths import NOWHERE
+from models.registry import family
+from models.train.loop import initialise
+from serving.bench.measure import report
+from serving.engine.choice import StageChooser
+from serving.engine.core import Ints, Request, Result, Tick
+from serving.engine.depth import DepthPolicy
+from serving.engine.engine import Engine
+from serving.engine.observer import Observer
+from serving.engine.params import SamplingParams
+from serving.engine.paths import PathTable
+from serving.engine.random import uniform
+from serving.engine.rows import Rows
+from serving.engine.runner import TorchRunner
+from serving.errors import InvalidArgumentError
+from serving.threads import use_threads
+
+RANDOM = "random"
+LARGER: dict[str, Any] = {
+    "model_type": "recursive",
+    "base": {
+        "model_type": "gla", "vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 6, "num_heads": 4,
+        "intermediate_size": 1152, "hidden_act": "swish", "tie_word_embeddings": True,
+    },
+    "sharing": "cycle", "num_recursions": 4, "exit_gate": True,
+}  # fmt: skip
+"""The larger model of random weights, in the shape of Ouro: all of six layers up to four times."""
+
+SLICE_S = 0.1  # seconds of one way before the next has its turn
+WARM_UP = 8  # tokens of each sequence before anything is timed
+PROMPT = 24  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Exits:
+    """One distribution of exits."""
+
+    name: str
+    policy: DepthPolicy
+    stays: float | None = None  # replayed: the chance that a token goes another time round
+
+
+@dataclass(slots=True)
+class Way(Observer):
+    """An engine with all its sequences decoding, and what it has done."""
+
+    engine: Engine
+    seconds: float = 0.0
+    tokens: int = 0
+    units: int = 0
+    ids: dict[str, list[int]] = field(default_factory=dict)
+    ticks: dict[int, list[float]] = field(default_factory=dict)  # stage -> seconds of each full batch
+    tick: Tick | None = None
+
+    def ticked(self, tick: Tick, seconds: float) -> None:
+        self.tick = tick
+
+    def start(self, prompts: list[list[int]], policy: DepthPolicy) -> None:
+        params = SamplingParams(temperature=0, max_tokens=1 << 19, ignore_eos=True, depth=policy)
+        self.engine.observer = self
+        for i, prompt in enumerate(prompts):
+            self.engine.submit(Request(str(i), prompt, params, seed=i))
+            self.ids[str(i)] = []
+
+    def step(self) -> None:
+        begun = time.perf_counter()
+        outputs = self.engine.step()
+        taken = time.perf_counter() - begun
+        self.seconds += taken
+        for out in outputs:
+            self.ids[out.request_id] += out.ids
+            self.tokens += len(out.ids)
+            self.units += sum(out.depths)
+        if self.tick is not None and len(self.tick.slots) == len(self.ids):
+            self.ticks.setdefault(self.tick.stage, []).append(taken)
+
+    def warm_up(self) -> None:
+        least = WARM_UP * len(self.ids)
+        while self.tokens < least or not all(self.ids.values()):
+            self.step()
+        self.seconds, self.tokens, self.units = 0.0, 0, 0
+        self.ticks.clear()
+
+    def turn(self) -> None:
+        until = self.seconds + SLICE_S
+        while self.seconds < until:
+            self.step()
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+class LockStep(StageChooser):
+    """In place of the engine's choice of a stage: the earliest one where anything is parked, so that rows which have
+    left wait until the deepest one has."""
+
+    def choose(self, stages: Ints, tokens: Ints, waited: Ints) -> int:
+        return int(stages.min())
+
+
+class Replaying(TorchRunner):
+    """The gate says what a trace of depths says: [sequences, tokens]."""
+
+    trace: npt.NDArray[np.int64]
+
+    def run(self, tick: Tick, rows: Rows, paths: PathTable) -> Result:
+        result = super().run(tick, rows, paths)
+        if "gate" in tick.wanted:
+            owners = [tick.slots, *(np.full(len(c.active), c.sequence.slot) for c in tick.chunks)]
+            nodes = [tick.nodes, *(np.full(len(c.active), c.node) for c in tick.chunks)]
+            positions = [rows.position[tick.slots], *(c.start + c.active for c in tick.chunks)]
+            slots = np.concatenate(owners)
+            units = paths.look("units", rows.path[slots], np.concatenate(nodes))
+            sequence = rows.seed[slots].astype(np.int64)
+            leaves = self.trace[sequence, np.concatenate(positions) % self.trace.shape[1]]
+            result.signals["gate"] = (units >= leaves)[tick.wanted["gate"]].astype(np.float32)
+        return result
+
+
+def trace_of(sequences: int, tokens: int, depths: int, stays: float) -> npt.NDArray[np.int64]:
+    """Depths [sequences, tokens] from 1 to `depths`: after each pass a token goes on with the chance `stays`."""
+    seeds = np.repeat(np.arange(sequences, dtype=np.uint64), tokens)
+    u = uniform(seeds, np.tile(np.arange(tokens), sequences)).reshape(sequences, tokens)
+    passes = np.full(u.shape, depths, np.int64)
+    for depth in range(depths - 1, 0, -1):
+        passes[u >= stays**depth] = depth
+    return passes
+
+
+def exits_of(model: Decoder, replayed: bool) -> list[Exits]:
+    """From none to heavy."""
+    full = model.path().full_depth
+    if replayed:
+        gate = DepthPolicy.gate(0.5)
+        return [
+            Exits(n, gate, s) for n, s in (("none", 1.0), ("light", 0.9), ("medium", 0.7), ("heavy", 0.35))
+        ]
+    if "gate" in model.signals:
+        some = [("light", 0.9), ("medium", 0.6), ("heavy", 0.3)]
+        return [
+            Exits("none", DepthPolicy.gate(1.0, min_depth=full)),
+            *(Exits(name, DepthPolicy.gate(threshold)) for name, threshold in some),
+        ]
+    if "router" in model.signals:
+        return [
+            Exits("none", DepthPolicy.router(min_depth=full)),
+            Exits("its own", DepthPolicy.router()),
+            *(
+                Exits(f"its own, at most {d}", DepthPolicy.router(max_depth=d))
+                for d in range(full - 1, 0, -1)
+            ),
+        ]
+    shares = [("light", 0.95), ("medium", 0.7), ("heavy", 0.4)]
+    return [
+        Exits("none", DepthPolicy.confidence("probability", 1.0, min_depth=full)),
+        *(Exits(name, DepthPolicy.confidence("probability", share)) for name, share in shares),
+    ]
+
+
+def ideal(model: Decoder, ticks: dict[int, list[float]], mean_depth: float) -> float:
+    """(p + D c + q) / (p + d c + q), with the median times of full batches of every stage."""
+    cost = {stage: float(np.median(taken)) for stage, taken in ticks.items()}
+    nodes = model.path().nodes
+    outside = sum(cost[node.stage] for node in nodes if not node.units)
+    depths, spent = [0.0], [0.0]
+    for node in nodes:
+        if node.units:
+            depths.append(float(node.units))
+            spent.append(spent[-1] + cost[node.stage])
+    return (outside + spent[-1]) / (outside + float(np.interp(mean_depth, depths, spent)))
+
+
+def measure(
+    model: Decoder, name: str, exits: Exits, sequences: int, tokens: int, prompts: list[list[int]]
+) -> dict[str, Any]:
+    """All three ways, `tokens` tokens of each sequence on average."""
+    longest = 4 * (tokens + WARM_UP) + PROMPT
+    full = model.path().full_depth
+
+    def way(policy: DepthPolicy, prepared: Callable[[Engine], None] = lambda engine: None) -> Way:
+        kind = TorchRunner if exits.stays is None else Replaying
+        runner = kind(model, sequences, max_tokens=longest)
+        if isinstance(runner, Replaying):
+            runner.trace = trace_of(sequences, longest, full, exits.stays or 0.0)
+        engine = Engine(runner, sequences, max_tokens=longest, max_waiting=sequences)
+        prepared(engine)
+        made = Way(engine)
+        made.start(prompts, policy)
+        made.warm_up()
+        return made
+
+    def in_lock_step(engine: Engine) -> None:
+        engine.scheduler.chooser = LockStep(engine.runner.first_stage, engine.runner.final_stages)
+
+    ways = [way(DepthPolicy.full()), way(exits.policy, in_lock_step), way(exits.policy)]
+    while any(w.tokens < tokens * sequences for w in ways):
+        min(ways, key=lambda w: w.tokens).turn()
+    everything, lock_step, continuous = ways
+    best = ideal(model, everything.ticks, continuous.units / continuous.tokens)
+    ratio = continuous.rate / everything.rate
+    return {
+        "model": name,
+        "exits": exits.name,
+        "sequences": sequences,
+        "tokens_per_s": round(continuous.rate, 1),
+        "mean_depth": round(continuous.units / continuous.tokens, 3),
+        "ratio_vs_full": round(ratio, 3),
+        "ratio_vs_lockstep": round(continuous.rate / lock_step.rate, 3),
+        "ideal": round(best, 3),
+        "share_of_ideal": round(ratio / best, 3),
+        "tokens_identical": _agree(lock_step.ids, continuous.ids),
+    }
+
+
+def _agree(a: dict[str, list[int]], b: dict[str, list[int]]) -> bool:
+    """Whether two ways gave the same tokens, as far as both came."""
+    return all(x == y for key in a for x, y in zip(a[key], b[key], strict=False))
+
+
+def larger(dtype: str) -> Decoder:
+    """The larger model of random weights."""
+    device = pick_device("auto")
+    _, model = family(LARGER, RANDOM).build(LARGER, RANDOM)
+    initialise(model, seed=0)
+    model.to(pick_dtype(dtype, device)).to(device).requires_grad_(False).eval()
+    prepare(model)
+    return model
+
+
+def zoo() -> Iterator[str]:
+    """The models that ship and have exits."""
+    for folder in sorted(ZOO.glob("*/model.safetensors")):
+        name = f"zoo/{folder.parent.name}"
+        if any(node.exit_to != NOWHERE for node in load(name).model.path().nodes):
+            yield name
+
+
+def prompts_for(model: Decoder, tokenizer: Any, sequences: int) -> list[list[int]]:
+    """Beginnings of functions that no model of the zoo has seen; random tokens for a model without a tokenizer."""
+    if tokenizer is None:
+        random = np.random.default_rng(0)
+        return random.integers(0, model.vocab_size, (sequences, PROMPT)).tolist()
+    import heapq
+    import inspect
+    import statistics
+    import textwrap
+
+    text = "".join(inspect.getsource(module) for module in (heapq, statistics, textwrap))
+    ids = tokenizer.encode(text).ids
+    starts = np.linspace(0, len(ids) - PROMPT, sequences).astype(int).tolist()
+    return [ids[start : start + PROMPT] for start in starts]
+
+
+def run(names: list[str], sequences: list[int], tokens: int, dtype: str, threads: int) -> None:
+    use_threads(threads)
+    rows = []
+    for name in names or [*zoo(), RANDOM]:
+        loaded = None if name == RANDOM else load(name, dtype)
+        model = larger(dtype) if loaded is None else loaded.model
+        if all(node.exit_to == NOWHERE for node in model.path().nodes):
+            raise InvalidArgumentError("model", name, "every token of this model takes all of its layers")
+        for exits in exits_of(model, replayed=loaded is None):
+            for count in track(sequences, description=f"{name}, exits {exits.name}", transient=True):
+                prompts = prompts_for(model, loaded and loaded.tokenizer, count)
+                rows.append(measure(model, name, exits, count, tokens, prompts))
+    report(
+        f"depth-wise batching, {torch.get_num_threads()} threads, {tokens} tokens of each sequence",
+        (key.replace("_", " ") for key in rows[0]),
+        (map(str, row.values()) for row in rows),
+        {"bench": "depth", "rows": rows},
+    )

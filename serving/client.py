@@ -1,5 +1,7 @@
 """A small gRPC client of our own service, for the command line."""
 
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,13 +35,38 @@ def connected(target: str) -> Iterator[grpc.Channel]:
             raise ClientError(f"{code.name if code else 'error'}: {detail}") from None
 
 
+RETRY_S = 30.0
+"""That a broken stream waits for a server to go on."""
+
+
 def generate(channel: grpc.Channel, request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
-    """Messages as they come; leaving the iterator early cancels the request."""
-    call = inference_pb2_grpc.InferenceStub(channel).Generate(request)
-    try:
-        yield from call
-    finally:
-        call.cancel()
+    """Messages as they come; leaving the iterator early cancels the request. A single continuation whose stream
+    breaks goes on where it was as soon as a server answers again."""
+    request.request_id = request.request_id or uuid.uuid4().hex
+    stub = inference_pb2_grpc.InferenceStub(channel)
+    until: float | None = None  # no break yet
+    while True:
+        call = stub.Generate(request)
+        try:
+            for message in call:
+                until = None
+                request.resumed_token_ids.extend(message.token_ids)
+                yield message
+            return
+        except grpc.RpcError as error:
+            began = bool(request.resumed_token_ids)
+            if not (began and _broken(error) and request.sampling.n <= 1):
+                raise
+            until = until or time.monotonic() + RETRY_S
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+        finally:
+            call.cancel()
+
+
+def _broken(error: grpc.RpcError) -> bool:
+    return isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def models(channel: grpc.Channel) -> list[models_pb2.Model]:

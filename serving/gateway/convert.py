@@ -62,6 +62,7 @@ def ask_from(request: pb.GenerateRequest, metadata: Mapping[str, str]) -> Ask:
         request_id=request.request_id,
         priority=request.priority,
         session_id=request.session_id,
+        resumed=list(request.resumed_token_ids),
         traceparent=metadata.get("traceparent", ""),
     )
 

@@ -13,6 +13,7 @@ log = logging.getLogger("fathom.gateway")
 
 Watch = Callable[[int, float], Awaitable[tuple[int, list[Entry]]]]
 WATCH_S = 10.0
+RECONNECT_S = 0.25
 
 
 class Fleet:
@@ -22,6 +23,7 @@ class Fleet:
         """`expected`: the models that are served as soon as they are loaded."""
         self._expected = tuple(expected)
         self._replicas: dict[str, Replica] = {}
+        self._entries: dict[str, Entry] = {}  # as the directory listed them last
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -30,6 +32,7 @@ class Fleet:
         self._task = asyncio.create_task(self._follow(watch))
 
     async def close(self) -> None:
+        self._entries = {}
         if self._task is not None:
             self._task.cancel()
         for replica in list(self._replicas.values()):
@@ -92,10 +95,25 @@ class Fleet:
 
     def update(self, entries: Sequence[Entry]) -> None:
         """Open streams to replicas that are new. One that has left the directory stays until its stream ends."""
+        self._entries = {entry.replica: entry for entry in entries}
         for name in [name for name, r in self._replicas.items() if not r.alive]:
             del self._replicas[name]
         for entry in entries:
             known = self._replicas.get(entry.replica)
             if known is None or known.entry != entry:
-                self._replicas[entry.replica] = Replica(entry, self._bump)
+                self._connect(entry)
         self._bump()
+
+    def _connect(self, entry: Entry) -> None:
+        self._replicas[entry.replica] = Replica(entry, self._heard)
+
+    def _heard(self, replica: Replica) -> None:
+        """A replica has introduced itself, begun to drain, or is gone: it may only have been slow, or cut off."""
+        if not replica.alive and self._entries.get(replica.entry.replica) == replica.entry:
+            asyncio.get_running_loop().call_later(RECONNECT_S, self._reconnect, replica)
+        self._bump()
+
+    def _reconnect(self, replica: Replica) -> None:
+        name = replica.entry.replica
+        if self._replicas.get(name) is replica and self._entries.get(name) == replica.entry:
+            self._connect(replica.entry)

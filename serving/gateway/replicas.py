@@ -21,7 +21,7 @@ from serving.gateway.chat import ChatTemplate
 
 log = logging.getLogger("fathom.gateway")
 
-SILENCE_S = 10 * SIGN_OF_LIFE_S
+SILENCE_S = 6 * SIGN_OF_LIFE_S
 """A stream that has said nothing for so long is given up: its replica, or the node under it, is gone."""
 
 
@@ -60,7 +60,7 @@ class ReplicaLostError(UnavailableError):
 class Replica:
     """One engine replica: its description, its load, and the requests that this gateway has there."""
 
-    def __init__(self, entry: Entry, on_change: Callable[[], None]):
+    def __init__(self, entry: Entry, on_change: Callable[["Replica"], None]):
         self.entry = entry
         self.description: Description | None = None  # None until it has introduced itself
         self.tokenizer: Tokenizer | None = None
@@ -131,11 +131,12 @@ class Replica:
             reason = str(error)
         finally:
             self.alive = False
-            log.warning("replica %s of %s is gone: %s", self.entry.replica, self.entry.model, reason)
+            if self.description is not None:
+                log.warning("replica %s of %s is gone: %s", self.entry.replica, self.entry.model, reason)
             for mailbox in self._mailboxes.values():
                 mailbox.fail(ReplicaLostError(f"the replica is gone: {reason}"))
             self._mailboxes.clear()
-            self._on_change()
+            self._on_change(self)
             await self._channel.close()
 
     async def _outgoing(self) -> AsyncIterator[wire.Command]:
@@ -146,12 +147,12 @@ class Replica:
         drained = events.load.draining and not self.load.draining
         self.load = events.load
         if drained:
-            self._on_change()
+            self._on_change(self)
         if events.description:
             self.description = Description.from_json(events.description)
             self.tokenizer = Tokenizer.from_str(events.tokenizer.decode()) if events.tokenizer else None
             self.chat = ChatTemplate(**json.loads(events.chat)) if events.chat else None
-            self._on_change()
+            self._on_change(self)
         for tokens in events.tokens:
             mailbox = self._mailboxes.get(tokens.request_id)
             if mailbox is not None:

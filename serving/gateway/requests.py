@@ -1,6 +1,7 @@
 """The life of a request, whatever door it came through: validated, sent to a replica, turned into text."""
 
 import asyncio
+import hashlib
 import secrets
 import time
 import uuid
@@ -43,6 +44,7 @@ class Ask:
     request_id: str = ""
     priority: int = 0
     session_id: str = ""
+    resumed: list[int] = field(default_factory=list)  # tokens of the continuation that the client has already
     add_special_tokens: bool = True  # those with which the tokenizer begins (and ends) a text
     traceparent: str = ""  # of the caller's span, as W3C Trace Context writes it
 
@@ -104,6 +106,9 @@ class Requests:
             if ask.params.stop and tokenizer is None:
                 limit = "this model has no tokenizer: use stop_token_ids"
                 raise InvalidArgumentError("stop", ask.params.stop[0], limit)
+            texts[0].feed(prepared.resumed, last=False)
+            if texts[0].stopped:
+                raise InvalidArgumentError("resumed_token_ids", ask.resumed[-1], "they hold a stop already")
             gathered = _Usage()
             async with self._journey(prepared, ask, record) as journey:
                 async for out in journey.news():
@@ -204,11 +209,13 @@ class Requests:
         ask.params.check_vocabulary(description.vocab_size)
         if ask.params.n > description.slots:
             raise InvalidArgumentError("n", ask.params.n, f"this model has {description.slots} slots")
+        _check_resumed(ask, description.vocab_size)
         request = Request(
             id=ask.request_id or uuid.uuid4().hex,
             prompt=ids,
             params=ask.params,
-            seed=secrets.randbits(63) if ask.params.seed is None else ask.params.seed,
+            resumed=ask.resumed,
+            seed=_seed(ask),
             priority=ask.priority,
             **work,
         )
@@ -247,6 +254,31 @@ class Requests:
             record.replica = journey.replica
             record.usage, record.finish_reason = journey.usage, journey.finish_reason
             journey.end()
+
+
+def _seed(ask: Ask) -> int:
+    """The request's own; else that of its id, so that a retry says the same; else any."""
+    if ask.params.seed is not None:
+        return ask.params.seed
+    if ask.request_id:
+        return int.from_bytes(hashlib.blake2b(ask.request_id.encode(), digest_size=7).digest())
+    return secrets.randbits(56)
+
+
+def _check_resumed(ask: Ask, vocab_size: int) -> None:
+    """Raises InvalidArgumentError."""
+    if not ask.resumed:
+        return
+    if ask.params.n != 1:
+        raise InvalidArgumentError(
+            "resumed_token_ids", len(ask.resumed), "only one continuation is resumed: n = 1"
+        )
+    if len(ask.resumed) >= ask.params.max_tokens:
+        limit = f"must be fewer than max_tokens = {ask.params.max_tokens}"
+        raise InvalidArgumentError("resumed_token_ids", f"{len(ask.resumed)} tokens", limit)
+    if max(ask.resumed) >= vocab_size:
+        limit = f"token ids of this model are 0 to {vocab_size - 1}"
+        raise InvalidArgumentError("resumed_token_ids", max(ask.resumed), limit)
 
 
 def _cut(out: Output, used: int) -> Output:

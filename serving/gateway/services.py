@@ -15,10 +15,10 @@ import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2
 
-from protos.fathom.v1 import inference_pb2, models_pb2
+from protos.fathom.v1 import inference_pb2, models_pb2, sessions_pb2
 from protos.inference import grpc_service_pb2
 
-FILES: tuple[ModuleType, ...] = (inference_pb2, models_pb2, health_pb2, grpc_service_pb2)
+FILES: tuple[ModuleType, ...] = (inference_pb2, models_pb2, sessions_pb2, health_pb2, grpc_service_pb2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from serving import LLM, SamplingParams
 from serving.config import GatewaySpec
 from serving.engine.core import Tick
-from serving.errors import UnavailableError
+from serving.errors import InvalidArgumentError, UnavailableError
 from serving.gateway.requests import Ask
 from tests import tiny
 from tests.gateway.harness import House, house
@@ -121,3 +122,21 @@ async def test_a_score_survives(folder: Path) -> None:
         _, after = await task
         assert after.ids == quiet.ids == ids[1:]
         assert after.logprobs == pytest.approx(quiet.logprobs, abs=1e-5)
+
+
+async def test_a_client_takes_a_broken_stream_up_again(folder: Path) -> None:
+    """With the same request id, and what it has received, at any gateway."""
+    async with house(folder) as h:
+        ask = Ask("def f(x):", params=params(seed=None, stop=("zzz",)), request_id="mine")
+        whole = [piece async for piece in h.requests.generate(ask)]
+        ids = [i for piece in whole for i in piece.news.ids]
+        lengths = [n for piece in whole for n in piece.lengths]
+        text = "".join(piece.text for piece in whole)
+        for had in (1, 40, 119):
+            again = replace(ask, resumed=ids[:had])
+            rest = [piece async for piece in h.requests.generate(again)]
+            assert [i for piece in rest for i in piece.news.ids] == ids[had:]
+            assert "".join(piece.text for piece in rest) == text[sum(lengths[:had]) :]
+        with pytest.raises(InvalidArgumentError, match="resumed_token_ids"):
+            async for _ in h.requests.generate(replace(ask, resumed=ids)):
+                pass

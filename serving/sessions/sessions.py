@@ -1,0 +1,145 @@
+"""What can be done with sessions, in no protocol's terms."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from serving.errors import FailedPreconditionError, InvalidArgumentError, OverloadedError
+from serving.sessions.records import SESSION, SNAPSHOT, Record, Records
+from serving.sessions.store import StateStore
+
+MAX_TTL_S = 366 * 86400.0
+
+
+@dataclass(slots=True)
+class Turn:
+    """A session while something is generated within it."""
+
+    record: Record
+    state: bytes  # after a beginning of its tokens; empty where there is none
+    committed: bool = False
+    tokens: list[int] | None = None  # all of the session's after the turn, once it is complete
+    new_state: bytes | None = None
+
+    def complete(self, tokens: list[int], state: bytes | None) -> None:
+        """The turn has been carried out: what the session is to hold from now on."""
+        self.tokens, self.new_state = tokens, state
+
+
+class Sessions:
+    """The sessions and snapshots of all owners, in one store."""
+
+    def __init__(self, store: StateStore, *, ttl_s: float, most: int):
+        """`ttl_s` without use by default; `most` sessions and snapshots of one owner."""
+        self._records = Records(store)
+        self._ttl_s = ttl_s
+        self._most = most
+        self._busy: set[tuple[str, str]] = set()
+
+    async def create(self, owner: str, model: str, fingerprint: str, ttl_s: float | None) -> Record:
+        """Raises InvalidArgumentError or OverloadedError."""
+        now = time.time()
+        record = Record(_new_id(), SESSION, owner, model, fingerprint, self._ttl(ttl_s), now, now)
+        return await asyncio.to_thread(self._add, record)
+
+    async def get(self, owner: str, session_id: str) -> Record:
+        """Raises NotFoundError or DataLossError."""
+        return await asyncio.to_thread(self._records.read, owner, SESSION, session_id)
+
+    async def fork(self, owner: str, session_id: str, ttl_s: float | None) -> Record:
+        """Raises NotFoundError, DataLossError or OverloadedError."""
+        return await self._branch(owner, SESSION, session_id, SESSION, ttl_s)
+
+    async def snapshot(self, owner: str, session_id: str, ttl_s: float | None) -> Record:
+        """Raises NotFoundError, DataLossError or OverloadedError."""
+        return await self._branch(owner, SESSION, session_id, SNAPSHOT, ttl_s)
+
+    async def restore(
+        self, owner: str, snapshot_id: str, fingerprints: dict[str, str], ttl_s: float | None
+    ) -> Record:
+        """`fingerprints` of the models that are served, by name. Raises NotFoundError, DataLossError,
+        FailedPreconditionError or OverloadedError."""
+        source = await asyncio.to_thread(self._records.read, owner, SNAPSHOT, snapshot_id)
+        _check_model(source, fingerprints.get(source.model, ""))
+        return await self._branch(owner, SNAPSHOT, snapshot_id, SESSION, ttl_s)
+
+    async def all(self, owner: str) -> list[Record]:
+        return await asyncio.to_thread(self._records.all, owner)
+
+    async def delete(self, owner: str, kind: str, record_id: str) -> None:
+        """Raises NotFoundError, or FailedPreconditionError for a session in use."""
+        if (owner, record_id) in self._busy:
+            raise FailedPreconditionError(f"session_id = {record_id!r}: it is in use")
+        record = await asyncio.to_thread(self._records.read, owner, kind, record_id)
+        await asyncio.to_thread(self._records.delete, record)
+
+    @asynccontextmanager
+    async def turn(self, owner: str, session_id: str, model: str, fingerprint: str) -> AsyncIterator[Turn]:
+        """A session to generate within; written when the turn is complete, left as it was otherwise.
+
+        Raises NotFoundError, DataLossError, or FailedPreconditionError where it is in use or of another model."""
+        key = owner, session_id
+        if key in self._busy:
+            raise FailedPreconditionError(f"session_id = {session_id!r}: it is in use")
+        self._busy.add(key)
+        try:
+            record = await self.get(owner, session_id)
+            if record.model != model:
+                raise FailedPreconditionError(f"session_id = {session_id!r}: it is of model {record.model!r}")
+            _check_model(record, fingerprint)
+            turn = Turn(record, await asyncio.to_thread(self._records.state, record))
+            yield turn
+            if turn.tokens is not None:
+                await asyncio.to_thread(self._commit, turn)
+        finally:
+            self._busy.discard(key)
+
+    def _commit(self, turn: Turn) -> None:
+        assert turn.tokens is not None
+        old = self._records.read(turn.record.owner, SESSION, turn.record.id)
+        if old.version != turn.record.version:
+            raise FailedPreconditionError(f"session_id = {old.id!r}: another turn has come in between")
+        now = time.time()
+        self._records.write(replace(old, tokens=turn.tokens, turns=old.turns + 1, used=now), turn.new_state)
+        if turn.new_state is not None:
+            self._records.drop_state(old)
+
+    async def _branch(self, owner: str, kind: str, record_id: str, into: str, ttl_s: float | None) -> Record:
+        """Another record that goes on from the same point, with a state of its own."""
+        source = await asyncio.to_thread(self._records.read, owner, kind, record_id)
+        now = time.time()
+        origin = source.id if into == SNAPSHOT else ""
+        ttl = source.ttl_s if ttl_s is None else self._ttl(ttl_s)
+        record = replace(
+            source, id=_new_id(), kind=into, ttl_s=ttl, created=now, used=now, version=0, origin=origin
+        )
+        state = await asyncio.to_thread(self._records.state, source)
+        return await asyncio.to_thread(self._add, record, state or None)
+
+    def _add(self, record: Record, state: bytes | None = None) -> Record:
+        full = self._records.count(record.owner) >= self._most
+        if full and len(self._records.all(record.owner)) >= self._most:  # which forgets what has expired
+            raise OverloadedError(f"there are {self._most} sessions and snapshots, and no more are allowed")
+        return self._records.write(record, state)
+
+    def _ttl(self, ttl_s: float | None) -> float:
+        if ttl_s is None:
+            return self._ttl_s
+        if not 0 < ttl_s <= MAX_TTL_S:  # NaN is not
+            raise InvalidArgumentError("ttl_s", ttl_s, f"must be above 0, at most {MAX_TTL_S:g}")
+        return ttl_s
+
+
+def _check_model(record: Record, fingerprint: str) -> None:
+    if record.fingerprint != fingerprint:
+        raise FailedPreconditionError(
+            f"{record.kind}_id = {record.id!r}: it is of model {record.model!r} as it was served then; its weights, "
+            "dtype or version are others now"
+        )
+
+
+def _new_id() -> str:
+    return secrets.token_urlsafe(18)

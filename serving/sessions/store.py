@@ -1,0 +1,53 @@
+"""Where states are kept: named blobs at any fsspec URL, written whole or not at all."""
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+import fsspec
+
+
+class StateStore:
+    """Blobs by path. Safe for any number of processes; the last writer of a path wins."""
+
+    def __init__(self, url: str):
+        """`url`: of fsspec, or a local folder."""
+        local = "://" not in url
+        if local:
+            Path(url).expanduser().mkdir(parents=True, exist_ok=True)
+            os.chmod(Path(url).expanduser(), 0o700)  # states tell what was said
+        self._fs, self._root = fsspec.core.url_to_fs(str(Path(url).expanduser()) if local else url)
+        self._atomic = not local  # an object store writes an object whole
+
+    def put(self, path: str, data: bytes) -> None:
+        """Keep a blob under a path, in place of what may be there."""
+        target = f"{self._root}/{path}"
+        self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        if self._atomic:
+            self._fs.pipe_file(target, data)
+            return
+        partial = f"{target}.{secrets.token_hex(4)}.partial"
+        self._fs.pipe_file(partial, data)
+        os.replace(partial, target)
+
+    def get(self, path: str) -> bytes:
+        """Raises KeyError where there is none."""
+        try:
+            return bytes(self._fs.cat_file(f"{self._root}/{path}"))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise KeyError(path) from None
+
+    def delete(self, path: str) -> None:
+        """Unknown paths are ignored."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(f"{self._root}/{path}")
+
+    def list(self, folder: str) -> list[str]:
+        """Names of the blobs in a folder."""
+        try:
+            entries = self._fs.ls(f"{self._root}/{folder}", detail=False, refresh=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        names = [str(entry).rpartition("/")[2] for entry in entries]
+        return sorted(name for name in names if not name.endswith(".partial"))

@@ -78,20 +78,19 @@ class OpenAi:
         name = path.removeprefix("/v1/")
 
         async def endpoint(request: Request) -> Response:
+            # Ray's ingress sends it back
             request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
-            headers = {"x-request-id": request_id}
             outcome = "CANCELLED"
             try:
                 caller = Caller(request_id, request.headers.get("traceparent", ""))
                 response = await handler(request, caller)
                 outcome = "" if isinstance(response, Events) else "OK"
-                response.headers.update(headers)
             except ClientGoneError:
                 return Response(status_code=499)  # nobody reads it
             except Exception as error:
                 outcome = _outcome(error)
                 self._log(name, request_id, error)
-                return refusal(error, headers)
+                return refusal(error)
             finally:
                 if outcome:
                     self._metrics.ended(name, outcome)
@@ -123,7 +122,7 @@ class OpenAi:
         tokenizer = self._fleet.describe(model)[1][0].tokenizer
         answers = Answers(work, model, caller.request_id, tokenizer)
         if work.body.stream:
-            return await Events.begun(request, self._events(work, answers, tokenizer, caller), {})
+            return await Events.begun(request, self._events(work, answers, tokenizer, caller))
         _ = work.body.usage_at_end  # says what is wrong with stream_options
         return answer(await unless_gone(request.receive, self._whole(work, answers, tokenizer)))
 

@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator, Coroutine, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -108,27 +108,26 @@ class Events(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, events: AsyncGenerator[bytes], headers: Mapping[str, str]):
+    def __init__(self, first: bytes, events: AsyncGenerator[bytes]):
         # x-accel-buffering: a proxy in front should not gather what is sent as it comes
         self.status_code = 200
         self.background = None
-        self.init_headers({**headers, "cache-control": "no-store", "x-accel-buffering": "no"})
+        self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
         self._first, self._events = first, events
 
     @classmethod
-    async def begun(
-        cls, request: Request, events: AsyncGenerator[bytes], headers: Mapping[str, str]
-    ) -> "Events":
+    async def begun(cls, request: Request, events: AsyncGenerator[bytes]) -> "Events":
         """With the first event already there: what goes wrong before it is raised, and has a status of its own."""
         try:
-            return cls(await unless_gone(request.receive, _first(events)), events, headers)
+            return cls(await unless_gone(request.receive, _first(events)), events)
         except BaseException:
             await events.aclose()
             raise
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events):
-            await unless_gone(receive, self._send(send))
+            with suppress(ClientGoneError):
+                await unless_gone(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

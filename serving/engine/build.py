@@ -1,19 +1,23 @@
 """From a model specification to an engine."""
 
 import os
+from contextlib import suppress
 
 import torch
 
 from models.load import LoadedModel, load
+from models.paths import NOWHERE
 from serving.config import ModelSpec
+from serving.engine.backend import Runner
 from serving.engine.core import Request
+from serving.engine.depth import DepthPolicy
 from serving.engine.description import Description
 from serving.engine.engine import Engine
 from serving.engine.grammar import Grammars
 from serving.engine.observer import Observer
 from serving.engine.params import SamplingParams
 from serving.engine.runner import TorchRunner
-from serving.errors import ServeConfigError
+from serving.errors import RequestError, ServeConfigError
 from serving.threads import use_threads
 
 DEFAULT_SLOTS = {"cpu": 64, "cuda": 256}
@@ -61,8 +65,24 @@ def build(spec: ModelSpec, observer: Observer | None = None) -> tuple[Engine, Lo
         fingerprint=loaded.fingerprint,
         slots=slots,
         max_depth=path.full_depth,
+        depth_policies=_policies(engine.runner, path.full_depth),
+        depths=tuple(sorted({n.units for n in path.nodes if n.exit_to != NOWHERE} | {path.full_depth})),
     )
     return engine, loaded, description
+
+
+def _policies(runner: Runner, full_depth: int) -> tuple[str, ...]:
+    """Kinds of depth policy that the model can follow."""
+    examples = [DepthPolicy.full(), DepthPolicy.router(), DepthPolicy.gate(), DepthPolicy.confidence()]
+    examples += [DepthPolicy.converged(), DepthPolicy.deadline(), DepthPolicy.chain([0])]
+    if full_depth > 1:
+        examples.insert(1, DepthPolicy.fixed(full_depth))
+    kinds = []
+    for policy in examples:
+        with suppress(RequestError):
+            runner.path(policy)
+            kinds.append(str(policy.kind))
+    return tuple(kinds)
 
 
 def make_engine(

@@ -22,6 +22,7 @@ class Description:
     slots: int
     max_depth: int = 1
     depth_policies: tuple[str, ...] = ("full",)
+    depths: tuple[int, ...] = (1,)  # at which a token may leave; the last is the full one
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -29,6 +30,6 @@ class Description:
     @staticmethod
     def from_json(data: bytes) -> "Description":
         fields = json.loads(data)
-        for name in ("eos_token_ids", "depth_policies"):
+        for name in ("eos_token_ids", "depth_policies", "depths"):
             fields[name] = tuple(fields[name])
         return Description(**fields)

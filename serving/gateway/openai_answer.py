@@ -209,7 +209,7 @@ def embedding_of(vector: Sequence[float], dimensions: int | None, encoding: str)
 
 def model_from(description: Description, created: int, replicas: int, slots: int) -> dict[str, Any]:
     told = (
-        "family", "parameters", "dtype", "vocab_size", "layers", "max_depth", "depth_policies",
+        "family", "parameters", "dtype", "vocab_size", "layers", "max_depth", "depths", "depth_policies",
         "state_bytes_per_sequence", "state_bytes_per_token",
     )  # fmt: skip
     return {

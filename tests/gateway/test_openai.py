@@ -217,7 +217,7 @@ async def test_models(door: Door) -> None:
     listed = [model async for model in await door.client.models.list()]
     assert [model.id for model in listed] == ["tiny"]
     one = await door.client.models.retrieve("tiny")
-    assert one.model_extra["max_model_len"] == 4096 and one.model_extra["depth_policies"] == ["full"]
+    assert one.model_extra["max_model_len"] == 4096 and one.model_extra["depth_policies"] == ["full", "chain"]
     with pytest.raises(openai.NotFoundError, match="model = 'other'"):
         await door.client.models.retrieve("other")
 

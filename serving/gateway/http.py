@@ -1,4 +1,4 @@
-"""The HTTP door: OpenAI's protocol, metrics and liveness."""
+"""The HTTP door: OpenAI's protocol, the page, metrics and liveness."""
 
 import logging
 
@@ -9,11 +9,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serving.config import GatewaySpec
+from serving.gateway import pages
 from serving.gateway.fleet import Fleet
 from serving.gateway.metrics import GatewayMetrics
 from serving.gateway.openai import OpenAi
 from serving.gateway.requests import Requests
-from serving.gateway.web import HttpError, refusal
+from serving.gateway.stats import read
+from serving.gateway.web import HttpError, answer, refusal
 
 log = logging.getLogger("fathom.gateway")
 
@@ -33,7 +35,12 @@ def make_app(requests: Requests, fleet: Fleet, spec: GatewaySpec, metrics: Gatew
     async def scrape() -> Response:
         return Response(await metrics.scrape(fleet), media_type=CONTENT_TYPE_LATEST)
 
-    app.router.routes.extend(OpenAi(requests, fleet, spec, metrics).routes)
+    @app.get("/v1/fathom/stats")
+    async def stats() -> Response:
+        text = (await metrics.scrape(fleet)).decode()
+        return answer(read(text, [name for name in fleet.models if fleet.replicas(name)]).to_json())
+
+    app.router.routes.extend([*OpenAi(requests, fleet, spec, metrics).routes, *pages.routes()])
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:

@@ -32,6 +32,10 @@ class Mixer(nn.Module):
         differentiable."""
         raise NotImplementedError
 
+    def write(self, x: Tensor, batch: Batch, state: LayerState | None) -> None:
+        """Advance the state alone, as `forward` would."""
+        self(x, batch, state)
+
     def flops(self) -> int:
         """Floating-point operations of one token beside those of the projections."""
         raise NotImplementedError
@@ -75,6 +79,13 @@ class Block(nn.Module):
             h = self.mlp_norm(x)
             x = x + (self.mlp(h, batch, state) if isinstance(self.mlp, Mixer) else self.mlp(h))
         return x
+
+    def fill(self, x: Tensor, batch: Batch, state: LayerState | None) -> None:
+        """Write the state of tokens that skip the layer and would have come to it as x [T, D]."""
+        if isinstance(self.mlp, Mixer):
+            self(x, batch, state)
+        else:
+            self.mixer.write(self.mixer_norm(x if self.pre_norm is None else self.pre_norm(x)), batch, state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +204,12 @@ class Decoder(nn.Module):
             y = self.layers[i](x, batch, None if states is None else states[i])
             x = y if batch.ghosts is None else torch.where(batch.ghosts[:, None], x, y)
         return x.to(rows.dtype)
+
+    def fill(self, stage: int, rows: Tensor, batch: Batch, states: Sequence[LayerState]) -> None:
+        """Write the state of tokens that skip a stage, one of each segment, which left with these rows."""
+        x = rows.float() if self.residual_in_fp32 else rows
+        for i in self.stages[stage].layers:
+            self.blocks[i].fill(x, batch, states[i])
 
     def intermediate_logits(
         self, rows: Tensor, index: Tensor, batch: Batch, states: Sequence[LayerState] | None

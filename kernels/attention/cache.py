@@ -61,6 +61,25 @@ def gather(k: Tensor, v: Tensor, tables: Tensor | None, slot: int, depth: int, f
     return k[pages].flatten(0, 1)[inside], v[pages].flatten(0, 1)[inside]
 
 
+def append_each(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    tables: Tensor,
+    count_pool: Tensor,
+    slots: Tensor,
+    depths: Tensor,
+) -> None:
+    """Append one entry to each of several (slot, depth), all of them different, the padding slot aside: k [N, Hkv, D],
+    v [N, Hkv, Dv], without waiting for the device."""
+    count = count_pool[slots, depths, 0]
+    at = count.long()
+    pages, inside = tables[slots, depths, at // k_pages.shape[1]], at % k_pages.shape[1]
+    k_pages[pages, inside], v_pages[pages, inside] = k.to(k_pages.dtype), v.to(v_pages.dtype)
+    count_pool[slots, depths, 0] = count + (slots != PADDING_SLOT)
+
+
 def append(
     k: Tensor,
     v: Tensor,

@@ -161,6 +161,14 @@ class LoopedDecoder(Decoder):
             return self._row(*self.begin(super().run(stage, x, batch, states), batch))
         return super().run(stage, self.end(x, rest), batch, states)
 
+    def fill(self, stage: int, rows: Tensor, batch: Batch, states: Sequence[LayerState]) -> None:
+        """As every decoder; with `last_exited`, each layer is given what it was given last."""
+        self.token_depths.value = batch.token_depths
+        x, kept = rows[:, : self.hidden_size], rows[:, self.hidden_size + self.rest :]
+        for j, i in enumerate(self.stages[stage].layers):
+            at = slice(j * self.hidden_size, (j + 1) * self.hidden_size)
+            self.blocks[i].fill(kept[:, at] if self.loop.skipped == "last_exited" else x, batch, states[i])
+
     def normed(self, rows: Tensor) -> Tensor:
         return rows if self.loop.norm_each else self.norm(rows)
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention import attention_paged, attention_ring
+from kernels.attention.cache import append_each
 from models.batch import Batch
 from models.decoder import Mixer
 from models.layers import Linear, Packed, Rotary
@@ -103,6 +104,13 @@ class Attention(Mixer):
         if norm is None:
             return x
         return norm(x) if self.norm_heads else norm(x.flatten(-2)).view(x.shape)
+
+    def write(self, x: Tensor, batch: Batch, state: LayerState | None) -> None:
+        if state is None or self.window is not None or batch.segments != len(x):
+            self(x, batch, state)
+            return
+        _, k, v = self.project(x, batch.positions)
+        append_each(k, v, state["k"], state["v"], state["tables"], state["count"], batch.slots, batch.depths)
 
     def flops(self) -> int:
         """Reading one entry; how many there are is not known here."""

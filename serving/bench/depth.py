@@ -38,12 +38,12 @@ RANDOM = "random"
 LARGER: dict[str, Any] = {
     "model_type": "recursive",
     "base": {
-        "model_type": "gla", "vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 6, "num_heads": 4,
+        "model_type": "gla", "vocab_size": 4096, "hidden_size": 384, "num_hidden_layers": 8, "num_heads": 4,
         "intermediate_size": 1152, "hidden_act": "swish", "tie_word_embeddings": True,
     },
     "sharing": "cycle", "num_recursions": 4, "exit_gate": True,
 }  # fmt: skip
-"""The larger model of random weights, in the shape of Ouro: all of six layers up to four times."""
+"""The larger model of random weights, in the shape of Ouro: all of eight layers up to four times."""
 
 SLICE_S = 0.1  # seconds of one way before the next has its turn
 WARM_UP = 8  # tokens of each sequence before anything is timed
@@ -55,7 +55,7 @@ class Exits:
     """One distribution of exits."""
 
     name: str
-    policy: DepthPolicy
+    policies: tuple[DepthPolicy, ...]  # of the requests, in turn
     stays: float | None = None  # replayed: the chance that a token goes another time round
 
 
@@ -74,10 +74,11 @@ class Way(Observer):
     def ticked(self, tick: Tick, seconds: float) -> None:
         self.tick = tick
 
-    def start(self, prompts: list[list[int]], policy: DepthPolicy) -> None:
-        params = SamplingParams(temperature=0, max_tokens=1 << 19, ignore_eos=True, depth=policy)
+    def start(self, prompts: list[list[int]], policies: tuple[DepthPolicy, ...]) -> None:
         self.engine.observer = self
         for i, prompt in enumerate(prompts):
+            policy = policies[i % len(policies)]
+            params = SamplingParams(temperature=0, max_tokens=1 << 19, ignore_eos=True, depth=policy)
             self.engine.submit(Request(str(i), prompt, params, seed=i))
             self.ids[str(i)] = []
 
@@ -151,29 +152,30 @@ def exits_of(model: Decoder, replayed: bool) -> list[Exits]:
     """From none to heavy."""
     full = model.path().full_depth
     if replayed:
-        gate = DepthPolicy.gate(0.5)
-        return [
-            Exits(n, gate, s) for n, s in (("none", 1.0), ("light", 0.9), ("medium", 0.7), ("heavy", 0.35))
-        ]
+        chances = [("none", 1.0), ("light", 0.9), ("medium", 0.7), ("heavy", 0.35)]
+        return [Exits(name, (DepthPolicy.gate(0.5),), chance) for name, chance in chances]
     if "gate" in model.signals:
-        some = [("light", 0.9), ("medium", 0.6), ("heavy", 0.3)]
+        gates = [("light", 0.9), ("medium", 0.6), ("heavy", 0.3)]
         return [
-            Exits("none", DepthPolicy.gate(1.0, min_depth=full)),
-            *(Exits(name, DepthPolicy.gate(threshold)) for name, threshold in some),
+            Exits("none", (DepthPolicy.gate(1.0, min_depth=full),)),
+            *(Exits(name, (DepthPolicy.gate(threshold),)) for name, threshold in gates),
         ]
     if "router" in model.signals:
         return [
-            Exits("none", DepthPolicy.router(min_depth=full)),
-            Exits("its own", DepthPolicy.router()),
+            Exits("none", (DepthPolicy.router(min_depth=full),)),
+            Exits("its own", (DepthPolicy.router(),)),
             *(
-                Exits(f"its own, at most {d}", DepthPolicy.router(max_depth=d))
+                Exits(f"its own, at most {d}", (DepthPolicy.router(max_depth=d),))
                 for d in range(full - 1, 0, -1)
             ),
         ]
-    shares = [("light", 0.95), ("medium", 0.7), ("heavy", 0.4)]
+    fixed = [DepthPolicy.fixed(node.units) for node in model.path().nodes if node.exit_to != NOWHERE]
+    shares = [("confident 0.95", 0.95), ("confident 0.5", 0.5)]
     return [
-        Exits("none", DepthPolicy.confidence("probability", 1.0, min_depth=full)),
-        *(Exits(name, DepthPolicy.confidence("probability", share)) for name, share in shares),
+        Exits("none", (DepthPolicy.confidence("probability", 1.0, min_depth=full),)),
+        Exits("sub-models by turns", tuple(fixed)),
+        Exits("mostly the smallest", (*(fixed[:1] * len(fixed)), *fixed[1:])),
+        *(Exits(name, (DepthPolicy.confidence("probability", share),)) for name, share in shares),
     ]
 
 
@@ -197,7 +199,9 @@ def measure(
     longest = 4 * (tokens + WARM_UP) + PROMPT
     full = model.path().full_depth
 
-    def way(policy: DepthPolicy, prepared: Callable[[Engine], None] = lambda engine: None) -> Way:
+    def way(
+        policies: tuple[DepthPolicy, ...], prepared: Callable[[Engine], None] = lambda engine: None
+    ) -> Way:
         kind = TorchRunner if exits.stays is None else Replaying
         runner = kind(model, sequences, max_tokens=longest)
         if isinstance(runner, Replaying):
@@ -205,14 +209,14 @@ def measure(
         engine = Engine(runner, sequences, max_tokens=longest, max_waiting=sequences)
         prepared(engine)
         made = Way(engine)
-        made.start(prompts, policy)
+        made.start(prompts, policies)
         made.warm_up()
         return made
 
     def in_lock_step(engine: Engine) -> None:
         engine.scheduler.chooser = LockStep(engine.runner.first_stage, engine.runner.final_stages)
 
-    ways = [way(DepthPolicy.full()), way(exits.policy, in_lock_step), way(exits.policy)]
+    ways = [way((DepthPolicy.full(),)), way(exits.policies, in_lock_step), way(exits.policies)]
     while any(w.tokens < tokens * sequences for w in ways):
         min(ways, key=lambda w: w.tokens).turn()
     everything, lock_step, continuous = ways

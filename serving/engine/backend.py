@@ -16,7 +16,7 @@ class Runner(Protocol):
 
     vocab_size: int
     token_capacity: int | None  # entries of growing state that fit; None where the model has none
-    first_stage: int
+    first_stage: int | None  # at which tokens begin; None where they come back to it
     final_stages: frozenset[int]
     default_depth: DepthPolicy
     draws: bool  # the model itself draws at random, from the seed of the sequence

@@ -18,9 +18,10 @@ PATIENCE = 16
 class StageChooser:
     """Learns what the stages cost, and chooses among those where something is parked."""
 
-    def __init__(self, first: int, final: frozenset[int]):
+    def __init__(self, first: int | None, final: frozenset[int]):
         """`first`: the stage at which tokens begin; `final`: those that end with the head. A row that is through a
-        final stage begins again at the first one, and is in nobody's batch before it has passed both."""
+        final stage begins again at the first one, and is in nobody's batch before it has passed both. None: tokens
+        come back to the stage at which they begin, so that others are there too."""
         self._first, self._final = first, final
         self._costs: dict[int, Cost] = {}
 
@@ -44,4 +45,4 @@ class StageChooser:
     def _launch(self, stage: int) -> float:
         """Seconds of a run however few its rows."""
         stages = [stage, self._first] if stage in self._final else [stage]
-        return sum(self._costs[s].fixed for s in stages if s in self._costs)
+        return sum(self._costs[s].fixed for s in stages if s is not None and s in self._costs)

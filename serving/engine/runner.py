@@ -55,7 +55,8 @@ class TorchRunner:
         self.model = model
         self._fingerprint = fingerprint
         self.vocab_size = model.vocab_size
-        self.first_stage = model.path().nodes[0].stage
+        stages = [node.stage for node in model.path().nodes]
+        self.first_stage = None if stages.count(stages[0]) > 1 else stages[0]
         self.final_stages = frozenset(i for i, stage in enumerate(model.stages) if stage.head)
         self.default_depth = DepthPolicy.parse(model.default_depth)
         layout = model.layout()
@@ -200,10 +201,9 @@ class TorchRunner:
                 offsets=torch.arange(len(slots) + 1, device=held.device),
                 positions=self._tensor(rows.position[slots]),
                 seeds=self._tensor(rows.seed[slots].view(np.int64)),
-                ghosts=torch.ones(len(slots), dtype=torch.bool, device=held.device),
             )
             self._grow(stage, batch)
-            self.model.run(stage, self._parked[held], batch, self.pool.layers)
+            self.model.fill(stage, self._parked[held], batch, self.pool.layers)
 
     def _batch(self, tick: Tick, rows: Rows, paths: PathTable) -> Batch:
         owners = np.concatenate([tick.slots, np.array([c.sequence.slot for c in tick.chunks], np.int64)])

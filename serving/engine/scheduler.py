@@ -40,7 +40,7 @@ class Scheduler:
 
     def __init__(
         self,
-        first_stage: int,
+        first_stage: int | None,
         final_stages: frozenset[int],
         slots: int,
         *,
@@ -56,7 +56,7 @@ class Scheduler:
     ):
         """`prefill_tokens` bounds the prompt tokens on their way, and so how long a tick keeps decoding rows
         waiting. `max_tokens` bounds each sequence, `budget` the growing state of all of them. Tokens begin at the
-        `first_stage`; the `final_stages` end with the head."""
+        `first_stage` (None: and come back to it); the `final_stages` end with the head."""
         self.slots = SlotPool(slots)
         self.budget = budget
         self.rows = Rows(slots)

@@ -22,6 +22,7 @@ class Batch:
     # [T] bool: tokens that have left already, and pass through only to write the state that later tokens will look
     # for; their rows stay as they are.
     ghosts: Tensor | None = None
+    width: float | Tensor = 1.0  # share of heads and hidden units in use: by all tokens, or by each, [T]
 
     @property
     def segments(self) -> int:
@@ -51,6 +52,7 @@ class Batch:
             self.positions[tokens],
             None if self.seeds is None else self.seeds[which],
             None if self.ghosts is None else self.ghosts[tokens],
+            self.width[tokens] if isinstance(self.width, Tensor) else self.width,
         )
         return picked, tokens
 

@@ -127,6 +127,7 @@ class Decoder(nn.Module):
             Stage("head", range(0), head=True),
         )
         self.chains = True  # a request may give the layers to run
+        self.widths: tuple[float, ...] = (1.0,)  # shares of heads and hidden units that a request may use
         self.default_depth = "full"  # policy of a request that does not give one
         self.signals: dict[
             str, int

@@ -23,6 +23,7 @@ class Path:
     """Nodes in order. The last one ends with the head: a token that is through it is ready to be sampled."""
 
     nodes: tuple[Node, ...]
+    width: float = 1.0  # share of heads and hidden units that tokens on it use
 
     @property
     def full_depth(self) -> int:

@@ -1,4 +1,5 @@
-"""Nested models: the first n layers, then the shared norm and head, are a model of their own.
+"""Nested models: the first n layers, then the shared norm and head, are a model of their own; so are the first heads
+and the first hidden units of every layer.
 
 SortedNet (arXiv 2309.00255), Sorted LLaMA (arXiv 2309.08968), LayerSkip (arXiv 2404.16710).
 """
@@ -7,11 +8,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from models.decoder import Decoder, Stage
-from models.layers import Linear
+from models.batch import Batch
+from models.decoder import Block, Decoder, Stage
+from models.layers import GatedMLP, Linear, Packed
+from models.mixers.attention import Attention
 from models.paths import Node, Path
+from models.state import LayerState
 
 
 class NestedDecoder(Decoder):
@@ -19,7 +25,8 @@ class NestedDecoder(Decoder):
     that tokens which leave at different exits meet there. The depth of a token is the number of its layers.
 
     `fills`: a token that leaves early gives the layers that it skips its hidden vector, for later tokens to see
-    (state propagation, arXiv 2207.07061); otherwise it is absent there.
+    (state propagation, arXiv 2207.07061); otherwise it is absent there. `widths`: the shares of the heads and hidden
+    units that sub-models have, rising to 1; their layers have to be NestedBlocks.
     """
 
     def __init__(
@@ -31,6 +38,7 @@ class NestedDecoder(Decoder):
         *,
         exits: Sequence[int],
         fills: bool = True,
+        widths: Sequence[float] = (),
         **options: Any,
     ):
         super().__init__(embeddings, layers, norm, lm_head, **options)
@@ -40,8 +48,72 @@ class NestedDecoder(Decoder):
         self.stages = (*segments, Stage("head", range(0), head=True))
         self.chains = False
         self.fills = fills
+        self.widths = tuple(widths) or (1.0,)
 
     def path(self) -> Path:
         head = len(self.exits)
         nodes = [Node(i, units=layers, exit_to=head) for i, layers in enumerate(self.exits)]
         return Path((*nodes, Node(head)))
+
+    def flops(self, path: Path | None = None, units: float | None = None) -> float:
+        """As every decoder; the layers of a sub-model cost its share of theirs."""
+        everything, head = super().flops(path, units), self._stage_flops(len(self.exits))
+        return head + (1.0 if path is None else path.width) * (everything - head)
+
+
+class NestedBlock(Block):
+    """A layer whose tokens may each use the first heads and the first hidden units only.
+
+    Where all tokens of a batch have one width, it multiplies by the first rows and columns of the weights, as they lie
+    there; where widths meet, everything is computed, and what a token does not have counts as zero.
+    """
+
+    mixer: Attention
+    mlp: GatedMLP
+
+    def forward(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
+        if isinstance(batch.width, float) and batch.width == 1.0:
+            return super().forward(x, batch, state)
+        assert self.mlp_norm is not None
+        if isinstance(batch.width, float):
+            x = x + self._narrow_attention(self.mixer_norm(x), batch.width, batch, state)
+            return x + self._narrow_mlp(self.mlp_norm(x), batch.width)
+        a, mlp = self.mixer, self.mlp
+        o = a.attend(*a.project(self.mixer_norm(x), batch.positions), batch, state)
+        x = x + a.o_proj((o * _first(a.heads, batch.width)[..., None]).flatten(-2))
+        gate, up = mlp.gate_up(self.mlp_norm(x), mlp.sizes)
+        return x + mlp.down_proj(mlp.activation(gate) * up * _first(mlp.sizes[0], batch.width))
+
+    def _narrow_attention(self, x: Tensor, width: float, batch: Batch, state: LayerState | None) -> Tensor:
+        a = self.mixer
+        heads, kv_heads = round(width * a.heads), round(width * a.kv_heads)
+        sizes = [heads * a.head_dim, kv_heads * a.head_dim, kv_heads * a.head_dim]
+        q, k, v = (y.unflatten(-1, (-1, a.head_dim)) for y in _narrow(a.qkv, x, sizes))
+        q, k, v = a.prepared(q, k, v, batch.positions)
+        # Entries have all heads: the kernel reads whole ones.
+        q = F.pad(q, (0, 0, 0, a.heads - heads))
+        k, v = (F.pad(y, (0, 0, 0, a.kv_heads - kv_heads)) for y in (k, v))
+        o = a.attend(q, k, v, batch, state)[:, :heads].flatten(-2)
+        return F.linear(o, a.o_proj.weight[:, : o.shape[1]], a.o_proj.bias)
+
+    def _narrow_mlp(self, x: Tensor, width: float) -> Tensor:
+        mlp = self.mlp
+        inner = round(width * mlp.sizes[0])
+        gate, up = _narrow(mlp.gate_up, x, [inner, inner])
+        return F.linear(mlp.activation(gate) * up, mlp.down_proj.weight[:, :inner], mlp.down_proj.bias)
+
+
+def _narrow(packed: Packed, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The first outputs of each of the projections."""
+    out, at = [], 0
+    for whole, size in zip(packed.sizes, sizes, strict=True):
+        bias = None if packed.bias is None else packed.bias[at : at + size]
+        out.append(F.linear(x, packed.weight[at : at + size], bias))
+        at += whole
+    return out
+
+
+def _first(count: int, width: float | Tensor) -> Tensor:
+    """1 for the first of `count` that tokens of each width [T] have, 0 for the others: [T, count]."""
+    assert isinstance(width, Tensor)
+    return (torch.arange(count, device=width.device) < (width * count).round()[:, None]).to(width.dtype)

@@ -23,6 +23,7 @@ class Config(llama.Config):
     use_sliding_window: Literal[False] = False
     skipped: Skipped = "last_exited"  # type: ignore[assignment]  # ours: the published code runs all loops always
     exits: tuple[()] = ()
+    widths: tuple[()] = ()
 
     @pydantic.model_validator(mode="after")
     def _reachable(self) -> "Config":

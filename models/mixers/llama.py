@@ -1,5 +1,5 @@
 """Llama-shaped transformers (arXiv 2302.13971), in transformers' checkpoint format: the base of recursive,
-Mixture-of-Recursions and nested models. With a list of `exits`, a Sorted LLaMA (arXiv 2309.08968)."""
+Mixture-of-Recursions and nested models. With lists of `exits` and `widths`, a Sorted LLaMA (arXiv 2309.08968)."""
 
 from typing import Any, ClassVar, Literal
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from models.config import ModelConfig
 from models.decoder import Block, Decoder
-from models.depth.nested import NestedDecoder
+from models.depth.nested import NestedBlock, NestedDecoder
 from models.layers import GatedMLP, Linear, RMSNorm, Rotary
 from models.mixers.attention import Attention
 from models.rope import RopeParameters, with_rope
@@ -26,6 +26,7 @@ class Config(ModelConfig):
     mlp_bias: bool = False
     pretraining_tp: Literal[1] = 1
     exits: tuple[int, ...] = ()  # layers after which a token may leave; the last layer is one always
+    widths: tuple[float, ...] = ()  # shares of heads and hidden units that sub-models have; all is one always
     skipped: Literal["absent", "propagate"] = (
         "propagate"  # what later tokens see at the layers that a token skipped
     )
@@ -50,7 +51,20 @@ class Config(ModelConfig):
             raise ValueError(
                 f"exits = {list(self.exits)} must rise, from 1 to num_hidden_layers = {self.num_hidden_layers}"
             )
+        self._check_widths()
         return self
+
+    def _check_widths(self) -> None:
+        if not all(0 < w <= 1 for w in self.widths) or list(self.widths) != sorted(set(self.widths)):
+            raise ValueError(f"widths = {list(self.widths)} must rise, from above 0 to 1")
+        for name, count in (
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_key_value_heads", self.kv_heads),
+            ("intermediate_size", self.intermediate_size),
+        ):
+            for width in self.widths:
+                if abs(width * count - round(width * count)) > 1e-6 or round(width * count) == 0:
+                    raise ValueError(f"widths: {width:g} of {name} = {count} is not a whole number")
 
     @property
     def kv_heads(self) -> int:
@@ -62,7 +76,7 @@ class Config(ModelConfig):
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
-def block(c: Config) -> Block:
+def block(c: Config, kind: type[Block] = Block) -> Block:
     """One layer."""
     attention = Attention(
         c.hidden_size,
@@ -74,22 +88,24 @@ def block(c: Config) -> Block:
         out_bias=c.attention_bias,
     )
     mlp = GatedMLP(c.hidden_size, c.intermediate_size, c.hidden_act, bias=c.mlp_bias)
-    return Block(
+    return kind(
         RMSNorm(c.hidden_size, c.rms_norm_eps), attention, RMSNorm(c.hidden_size, c.rms_norm_eps), mlp
     )
 
 
 def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:
     c = Config.read(raw, file)
+    kind = NestedBlock if c.widths else Block
     parts: tuple[Any, ...] = (
         nn.Embedding(c.vocab_size, c.hidden_size),
-        [block(c) for _ in range(c.num_hidden_layers)],
+        [block(c, kind) for _ in range(c.num_hidden_layers)],
         RMSNorm(c.hidden_size, c.rms_norm_eps),
         None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size, bias=False),
     )
-    return c, NestedDecoder(*parts, exits=c.exits, fills=c.skipped == "propagate") if c.exits else Decoder(
-        *parts
-    )
+    if not (c.exits or c.widths):
+        return c, Decoder(*parts)
+    widths = sorted({*c.widths, 1.0})
+    return c, NestedDecoder(*parts, exits=c.exits, fills=c.skipped == "propagate", widths=widths)
 
 
 NAMES = (

@@ -1,5 +1,7 @@
 """What training descends, in nats per token."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,12 +22,14 @@ def next_token(model: Decoder, ids: Tensor, targets: Tensor, batch: Batch, step:
 
 
 def every_exit(model: Decoder, ids: Tensor, targets: Tensor, batch: Batch, step: int) -> Tensor:
-    """The mean over all sub-models (Sorted LLaMA, arXiv 2309.08968, eq. 1)."""
+    """The mean over all sub-models, of every depth and width (Sorted LLaMA, arXiv 2309.08968, eq. 1; SortedNet)."""
     assert isinstance(model, NestedDecoder)
-    rows, losses = model.embed(ids), []
-    for stage in range(len(model.exits)):
-        rows = model.run(stage, rows, batch, None)
-        losses.append(F.cross_entropy(model.logits(rows), targets))
+    losses = []
+    for width in model.widths:
+        rows, narrowed = model.embed(ids), replace(batch, width=width)
+        for stage in range(len(model.exits)):
+            rows = model.run(stage, rows, narrowed, None)
+            losses.append(F.cross_entropy(model.logits(rows), targets))
     return torch.stack(losses).mean()
 
 

@@ -140,9 +140,9 @@ class DepthPolicy:
         return DepthPolicy("full", **bounds)
 
     @staticmethod
-    def fixed(depth: int) -> "DepthPolicy":
+    def fixed(depth: int, **bounds: Any) -> "DepthPolicy":
         """Every token to this depth: so many loops, or the sub-model of that number."""
-        return DepthPolicy("fixed", depth=depth)
+        return DepthPolicy("fixed", depth=depth, **bounds)
 
     @staticmethod
     def router(**bounds: Any) -> "DepthPolicy":
@@ -181,7 +181,7 @@ class DepthPolicy:
     @staticmethod
     def parse(text: str) -> "DepthPolicy":
         """From ``full``, ``fixed(2)``, ``gate(0.8)``, ``confidence(entropy, 0.3)``, ``chain(0, 1, 1)``, ..., each with
-        ``min=1`` and ``max=3`` among its arguments if wanted."""
+        ``min=1``, ``max=3`` and ``width=0.5`` among its arguments if wanted."""
         match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\)|[=:](.*))?\s*", text, re.DOTALL)
         if match is None:
             raise InvalidArgumentError(
@@ -190,8 +190,11 @@ class DepthPolicy:
         kind = match[1]
         words = [word.strip() for word in (match[2] or match[3] or "").split(",") if word.strip()]
         fields: dict[str, Any] = {}
-        for word in [w for w in words if w.startswith(("min=", "max="))]:
-            fields[f"{word[:3]}_depth"] = _number(text, word[4:], int)
+        for word in [w for w in words if w.startswith(("min=", "max=", "width="))]:
+            name, _, value = word.partition("=")
+            fields["width" if name == "width" else f"{name}_depth"] = _number(
+                text, value, float if name == "width" else int
+            )
             words.remove(word)
         if kind == "chain":
             return DepthPolicy(kind, layers=tuple(_number(text, word, int) for word in words), **fields)

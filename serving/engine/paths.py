@@ -39,12 +39,17 @@ class PathTable:
     def __getitem__(self, number: int) -> Path:
         return self._paths[number]
 
+    def widths(self, paths: Ints) -> npt.NDArray[np.float32]:
+        """Share of heads and hidden units of each of these paths."""
+        return self._widths[paths]
+
     def look(self, column: str, paths: Ints, nodes: Ints) -> Ints:
         """A column's values at these nodes of these paths."""
         return self._columns[column][paths, nodes]
 
     def _fill(self) -> None:
         longest = max((len(path.nodes) for path in self._paths), default=0)
+        self._widths = np.array([path.width for path in self._paths], np.float32)
         for name in COLUMNS:
             column = np.full((len(self._paths), longest), NOWHERE, np.int64)
             for number, path in enumerate(self._paths):

@@ -1,7 +1,7 @@
 """Runs ticks on a model: from row tables to tensors and back. The only part of the engine that knows torch."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -83,6 +83,18 @@ class TorchRunner:
         self._parked = torch.zeros(waiting, model.row_width, dtype=model.dtype, device=model.device)
 
     def path(self, policy: DepthPolicy) -> Path:
+        path, asked = self._path(policy), policy.width
+        if asked is None or asked == 1:
+            return path
+        if self.model.widths == (1.0,):
+            raise InvalidArgumentError("depth.width", asked, "this model is not nested by width")
+        width = min(self.model.widths, key=lambda w: abs(w - asked))
+        if abs(width - asked) > 1e-6:
+            shown = ", ".join(f"{w:g}" for w in self.model.widths)
+            raise InvalidArgumentError("depth.width", asked, f"must be one of {shown}")
+        return replace(path, width=width)
+
+    def _path(self, policy: DepthPolicy) -> Path:
         full = self.model.path()
         exits = any(node.exit_to != NOWHERE for node in full.nodes)
         if policy.kind == "chain":
@@ -227,7 +239,14 @@ class TorchRunner:
             positions=self._tensor(np.concatenate(positions)),
             seeds=self._tensor(rows.seed[owners].view(np.int64)),
             ghosts=self._tensor(np.concatenate(ghosts)) if any_ghosts else None,
+            width=self._width(paths.widths(rows.path[owners]), lengths),
         )
+
+    def _width(self, widths: Floats, lengths: Ints) -> float | Tensor:
+        """Of all tokens where they agree; of each [T] otherwise."""
+        if self.model.widths == (1.0,) or (widths == widths[0]).all():
+            return float(widths[0])
+        return self._tensor(widths.repeat(lengths)).to(self.model.dtype)
 
     def _grow(self, stage: int, batch: Batch) -> None:
         """Find pages for the entries that this tick appends."""

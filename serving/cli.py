@@ -147,6 +147,18 @@ def inspect(
         raise typer.Exit(1)
 
 
+@app.command()
+def keygen(
+    name: Annotated[str, typer.Argument(help="of whoever will use the key")],
+) -> None:
+    """Make an API key: the key goes to its user, the entry into the keys file."""
+    from serving.gateway.keys import digest, new_secret
+
+    secret = new_secret()
+    typer.echo(f"key: {secret}", err=True)
+    typer.echo(f"- name: {name}\n  sha256: '{digest(secret)}'")
+
+
 def _natural(flag: str, value: int) -> int:
     if value < 0:
         raise typer.BadParameter(f"{flag} = {value}: must be 0 or more")

@@ -96,6 +96,10 @@ class GatewaySpec(Strict):
     on_replica_loss: Literal["resume", "fail"] = (
         "resume"  # on another replica, with the same tokens; "fail": no request is ever run twice
     )
+    keys_file: str | None = None  # who may use the server (see docs/operations.md); everybody where not given
+    state_store: str = "~/.local/state/fathom"  # of sessions: a folder, or any fsspec URL
+    session_ttl_s: float = Field(86400, gt=0)  # without use, by default
+    max_sessions: int = Field(1000, ge=0)  # sessions and snapshots of one key
     resume_timeout_s: float = Field(30, ge=0)  # that a lost request waits for another replica
 
 

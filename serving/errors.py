@@ -40,6 +40,14 @@ class DeadlineExceededError(RequestError):
     """The request's time was over before it was done."""
 
 
+class UnauthenticatedError(RequestError):
+    """No credential, or one that is not known."""
+
+
+class PermissionDeniedError(RequestError):
+    """Known, but not allowed to."""
+
+
 class UnimplementedError(RequestError):
     """Part of the protocol, but not served (yet)."""
 

@@ -73,6 +73,7 @@ class TextStream:
         self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
         self._matcher = StopMatcher(stops)
         self._endings = endings
+        self.tokens = 0  # that belong to the continuation
 
     @property
     def stopped(self) -> bool:
@@ -83,6 +84,11 @@ class TextStream:
         """The text that may be given out with each of these tokens that belong to the continuation (fewer than there
         are when a stop string ends it), and what comes after them when `last`: no more will come, so nothing is held
         back."""
+        parts, rest = self._feed(ids, last)
+        self.tokens += len(parts)
+        return parts, rest
+
+    def _feed(self, ids: Sequence[int], last: bool) -> tuple[list[str], str]:
         parts: list[str] = []
         if self._detokenizer is None:
             return [""] * len(ids), ""

@@ -13,6 +13,7 @@ from serving.engine.description import Description
 from serving.engine.news import FinishReason, Output, Usage
 from serving.engine.params import Grammar, SamplingParams
 from serving.errors import InvalidArgumentError
+from serving.gateway.keys import credential_of
 from serving.gateway.requests import Ask, Piece
 
 M = TypeVar("M", bound=Message)
@@ -53,7 +54,7 @@ def _refuse_unknown(message: Message) -> None:
 def ask_from(request: pb.GenerateRequest, metadata: Mapping[str, str]) -> Ask:
     """Raises InvalidArgumentError."""
     return Ask(
-        prompt=_prompt(request),
+        prompt=_prompt(request, empty=bool(request.session_id)),
         model=request.model,
         params=params_from(
             request.sampling, policy_from(request.depth) if request.HasField("depth") else None
@@ -64,6 +65,7 @@ def ask_from(request: pb.GenerateRequest, metadata: Mapping[str, str]) -> Ask:
         session_id=request.session_id,
         resumed=list(request.resumed_token_ids),
         traceparent=metadata.get("traceparent", ""),
+        credential=credential_of(metadata),
     )
 
 
@@ -77,6 +79,7 @@ def ask_from_score(request: pb.ScoreRequest, metadata: Mapping[str, str]) -> Ask
         request_id=request.request_id,
         priority=request.priority,
         traceparent=metadata.get("traceparent", ""),
+        credential=credential_of(metadata),
     )
 
 
@@ -110,12 +113,12 @@ def _measure(kind: str, number: int) -> str:
     return str(names[number].lower())
 
 
-def _prompt(request: pb.GenerateRequest | pb.ScoreRequest) -> str | list[int]:
+def _prompt(request: pb.GenerateRequest | pb.ScoreRequest, *, empty: bool = False) -> str | list[int]:
     which = request.WhichOneof("prompt")
-    if which is None:
+    if which is None and not empty:
         raise InvalidArgumentError("prompt", None, "give text or tokens")
     prompt = request.text if which == "text" else list(request.tokens.ids)
-    if not prompt:
+    if not prompt and not empty:
         raise InvalidArgumentError("prompt", prompt, "must not be empty")
     return prompt
 

@@ -76,6 +76,14 @@ class Journey:
         """Raises UnavailableError when the replica is gone."""
         self._send(replica, self.request, list(range(self.request.params.n)))
 
+    def given(self, index: int) -> list[int]:
+        """The tokens of a continuation so far."""
+        return self._heard[index].ids
+
+    def state(self, index: int) -> StateAfter | None:
+        """The newest snapshot of a continuation."""
+        return self._heard[index].state
+
     @property
     def replica(self) -> str:
         """Name of the one that it is on, or was last."""

@@ -13,6 +13,7 @@ from protos.inference import grpc_service_pb2 as wire
 from serving.engine.news import Output, Usage
 from serving.engine.params import GRAMMARS, Grammar, SamplingParams
 from serving.errors import InvalidArgumentError, NotFoundError
+from serving.gateway.keys import credential_of
 from serving.gateway.requests import Ask, unique
 from serving.gateway.tensors import Tensor, add_output, read_inputs
 
@@ -77,6 +78,7 @@ def infer_from(request: wire.ModelInferRequest, metadata: Mapping[str, str]) -> 
         params["grammar"] = Grammar(grammars[0], settings[grammars[0]])
     prompt = _prompt(tensors)
     ask = Ask(
+        credential=credential_of(metadata),
         prompt=prompt,
         model=request.model_name,
         params=SamplingParams(**params),

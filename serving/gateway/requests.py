@@ -9,12 +9,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, S
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from serving.config import GatewaySpec
 from serving.engine.core import Request
+from serving.engine.description import Description
 from serving.engine.news import FinishReason, Output, Usage
 from serving.engine.params import SamplingParams
 from serving.errors import (
@@ -22,10 +24,12 @@ from serving.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     OverloadedError,
-    UnimplementedError,
 )
 from serving.gateway.fleet import Fleet
 from serving.gateway.journey import Journey
+from serving.gateway.keys import Caller, Keys
+from serving.sessions.sessions import Sessions, Turn
+from serving.sessions.store import StateStore
 from serving.text import TextStream
 
 LONG_TEXT = 1 << 15  # characters; longer ones are encoded off the event loop
@@ -47,6 +51,7 @@ class Ask:
     resumed: list[int] = field(default_factory=list)  # tokens of the continuation that the client has already
     add_special_tokens: bool = True  # those with which the tokenizer begins (and ends) a text
     traceparent: str = ""  # of the caller's span, as W3C Trace Context writes it
+    credential: str = ""  # the API key
 
 
 def unique(request_id: str) -> str:
@@ -87,8 +92,21 @@ Listener = Callable[[Record], None]
 class Requests:
     """Runs requests on a fleet of replicas."""
 
-    def __init__(self, fleet: Fleet, spec: GatewaySpec, listeners: Sequence[Listener] = ()):
+    def __init__(
+        self,
+        fleet: Fleet,
+        spec: GatewaySpec,
+        listeners: Sequence[Listener] = (),
+        *,
+        keys: Keys | None = None,
+        sessions: Sessions | None = None,
+    ):
         """`listeners` are told of every request when it has ended."""
+        file = None if spec.keys_file is None else Path(spec.keys_file).expanduser()
+        self.keys = keys or Keys(file)
+        self.sessions = sessions or Sessions(
+            StateStore(spec.state_store), ttl_s=spec.session_ttl_s, most=spec.max_sessions
+        )
         self.fleet = fleet
         self._spec = spec
         self._listeners = tuple(listeners)
@@ -100,27 +118,35 @@ class Requests:
         Raises RequestError; DeadlineExceededError after the pieces that were ready.
         """
         with self._recorded("generate", ask) as record:
-            prepared, tokenizer, eos = await self._prepare(ask, record)
-            endings = frozenset((*(() if ask.params.ignore_eos else eos), *ask.params.stop_token_ids))
-            texts = [TextStream(tokenizer, ask.params.stop, endings) for _ in range(ask.params.n)]
-            if ask.params.stop and tokenizer is None:
-                limit = "this model has no tokenizer: use stop_token_ids"
-                raise InvalidArgumentError("stop", ask.params.stop[0], limit)
-            texts[0].feed(prepared.resumed, last=False)
-            if texts[0].stopped:
-                raise InvalidArgumentError("resumed_token_ids", ask.resumed[-1], "they hold a stop already")
-            gathered = _Usage()
-            async with self._journey(prepared, ask, record) as journey:
-                async for out in journey.news():
-                    piece = self._piece(texts[out.index], journey, out)
-                    usage = gathered.add(out, 0 if piece is None else len(piece.news.ids))
-                    if piece is None and usage is not None:
-                        piece = Piece(prepared.id, out.index, "", Output(prepared.id, out.index))
-                    if piece is not None:
-                        piece.news.usage = usage
-                        yield piece
-                    if out.finish_reason is FinishReason.DEADLINE and usage is not None:
-                        raise DeadlineExceededError(f"timeout_s = {self._timeout(ask):g} is over")
+            caller = self._admitted(ask)
+            async with self._turn(ask, caller) as turn:
+                prepared, tokenizer, eos = await self._prepare(ask, record, turn)
+                with caller.stream(len(prepared.prompt) - len(turn.record.tokens if turn else ())):
+                    texts = _texts(ask, tokenizer, eos)
+                    async with self._journey(prepared, ask, record) as journey:
+                        async for piece in self._pieces(prepared, texts, journey):
+                            caller.spend(len(piece.news.ids))
+                            if piece.news.usage is not None and turn is not None:
+                                await _commit(turn, prepared, texts[0], journey)
+                            yield piece
+                            if (
+                                journey.finish_reason is FinishReason.DEADLINE
+                                and piece.news.usage is not None
+                            ):
+                                raise DeadlineExceededError(f"timeout_s = {self._timeout(ask):g} is over")
+
+    async def _pieces(
+        self, request: Request, texts: list[TextStream], journey: Journey
+    ) -> AsyncGenerator[Piece]:
+        gathered = _Usage()
+        async for out in journey.news():
+            piece = self._piece(texts[out.index], journey, out)
+            usage = gathered.add(out, 0 if piece is None else len(piece.news.ids))
+            if piece is None and usage is not None:
+                piece = Piece(request.id, out.index, "", Output(request.id, out.index))
+            if piece is not None:
+                piece.news.usage = usage
+                yield piece
 
     def _piece(self, text: TextStream, journey: Journey, out: Output) -> Piece | None:
         """What a client is told of some news; nothing after a stop string."""
@@ -150,11 +176,13 @@ class Requests:
     async def _read(self, method: str, ask: Ask, **work: Any) -> tuple[list[int], Output]:
         """All that the engine says of a prompt that nothing is generated after."""
         with self._recorded(method, ask) as record:
+            caller = self._admitted(ask)
             prepared, _, _ = await self._prepare(ask, record, **work)
             whole = Output(prepared.id, 0)
-            async with self._journey(prepared, ask, record) as journey:
-                async for out in journey.news():
-                    whole.extend(out)
+            with caller.stream(len(prepared.prompt)):
+                async with self._journey(prepared, ask, record) as journey:
+                    async for out in journey.news():
+                        whole.extend(out)
             if whole.finish_reason is FinishReason.DEADLINE:
                 raise DeadlineExceededError(f"timeout_s = {self._timeout(ask):g} is over")
         return prepared.prompt, whole
@@ -172,40 +200,48 @@ class Requests:
             for listener in self._listeners:
                 listener(record)
 
+    def _admitted(self, ask: Ask) -> Caller:
+        """Raises UnauthenticatedError or PermissionDeniedError."""
+        caller = self.keys.authenticate(ask.credential)
+        caller.check(self.fleet.resolve(ask.model))
+        return caller
+
+    @asynccontextmanager
+    async def _turn(self, ask: Ask, caller: Caller) -> AsyncIterator[Turn | None]:
+        """The session that is asked to be continued. Raises NotFoundError, FailedPreconditionError, DataLossError."""
+        if not ask.session_id:
+            yield None
+            return
+        if ask.params.n != 1:
+            raise InvalidArgumentError("n", ask.params.n, "must be 1 within a session: fork it")
+        model = self.fleet.resolve(ask.model)
+        fingerprint = identity(self.fleet.describe(model)[0])
+        async with self.sessions.turn(caller.name, ask.session_id, model, fingerprint) as turn:
+            yield turn
+
     async def _prepare(
-        self, ask: Ask, record: Record, **work: Any
+        self, ask: Ask, record: Record, turn: Turn | None = None, **work: Any
     ) -> tuple[Request, Tokenizer | None, tuple[int, ...]]:
         """Check everything that can be checked here, and turn text into ids. `work`: what is wanted of the
         prompt, if not continuations."""
         model = record.model = self.fleet.resolve(ask.model)
-        if ask.session_id:
-            raise UnimplementedError("session_id: fathom.v1.Sessions is not served yet")
         self._timeout(ask)
         if len(ask.request_id) > MAX_REQUEST_ID:
             raise InvalidArgumentError("request_id", ask.request_id, f"at most {MAX_REQUEST_ID} characters")
         if not -100 <= ask.priority <= 100:
             raise InvalidArgumentError("priority", ask.priority, "must be from -100 to 100")
-        if not ask.prompt:
-            raise InvalidArgumentError("prompt", ask.prompt, "must not be empty")
         description, replicas = self.fleet.describe(model)
         tokenizer = replicas[0].tokenizer
-        ids = ask.prompt
-        if isinstance(ids, str):
-            if tokenizer is None:
-                raise FailedPreconditionError(f"model {model!r} has no tokenizer: give token ids, not text")
-            encode = partial(tokenizer.encode, ids, add_special_tokens=ask.add_special_tokens)
-            ids = (await asyncio.to_thread(encode) if len(ids) > LONG_TEXT else encode()).ids
-            if not ids:
-                raise InvalidArgumentError("prompt", ask.prompt, "holds no token")
+        before = turn.record.tokens if turn is not None else []
+        ids = before + await _encoded(ask, model, tokenizer, begins=not before)
+        if not ids:
+            raise InvalidArgumentError("prompt", ask.prompt, "must hold at least one token")
+        _check_ids(ids[len(before) :], description.vocab_size)
         most = description.max_tokens - (not work)
         if len(ids) > most:
             raise InvalidArgumentError(
                 "prompt", f"{len(ids)} tokens", f"at most {most} tokens fit this model"
             )
-        if min(ids) < 0 or max(ids) >= description.vocab_size:
-            wrong = min(ids) if min(ids) < 0 else max(ids)
-            limit = f"token ids of this model are 0 to {description.vocab_size - 1}"
-            raise InvalidArgumentError("prompt", wrong, limit)
         ask.params.check_vocabulary(description.vocab_size)
         if ask.params.n > description.slots:
             raise InvalidArgumentError("n", ask.params.n, f"this model has {description.slots} slots")
@@ -215,6 +251,8 @@ class Requests:
             prompt=ids,
             params=ask.params,
             resumed=ask.resumed,
+            state=turn.state if turn is not None else b"",
+            keep=turn is not None,
             seed=_seed(ask),
             priority=ask.priority,
             **work,
@@ -254,6 +292,54 @@ class Requests:
             record.replica = journey.replica
             record.usage, record.finish_reason = journey.usage, journey.finish_reason
             journey.end()
+
+
+def identity(description: Description) -> str:
+    """What a model has to agree in for a kept state to be its own."""
+    return f"{description.fingerprint}/{description.dtype}"
+
+
+async def _encoded(ask: Ask, model: str, tokenizer: Tokenizer | None, *, begins: bool) -> list[int]:
+    """Token ids of the prompt; `begins`: nothing goes before it. Raises InvalidArgumentError or
+    FailedPreconditionError."""
+    if not isinstance(ask.prompt, str):
+        return list(ask.prompt)
+    if tokenizer is None:
+        raise FailedPreconditionError(f"model {model!r} has no tokenizer: give token ids, not text")
+    encode = partial(tokenizer.encode, ask.prompt, add_special_tokens=ask.add_special_tokens and begins)
+    return list((await asyncio.to_thread(encode) if len(ask.prompt) > LONG_TEXT else encode()).ids)
+
+
+def _check_ids(ids: list[int], vocab_size: int) -> None:
+    """Raises InvalidArgumentError."""
+    for wrong in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= wrong < vocab_size:
+            limit = f"token ids of this model are 0 to {vocab_size - 1}"
+            raise InvalidArgumentError("prompt", wrong, limit)
+
+
+def _texts(ask: Ask, tokenizer: Tokenizer | None, eos: tuple[int, ...]) -> list[TextStream]:
+    """A stream of text for each continuation. Raises InvalidArgumentError."""
+    if ask.params.stop and tokenizer is None:
+        limit = "this model has no tokenizer: use stop_token_ids"
+        raise InvalidArgumentError("stop", ask.params.stop[0], limit)
+    endings = frozenset((*(() if ask.params.ignore_eos else eos), *ask.params.stop_token_ids))
+    texts = [TextStream(tokenizer, ask.params.stop, endings) for _ in range(ask.params.n)]
+    texts[0].feed(ask.resumed, last=False)
+    if texts[0].stopped:
+        raise InvalidArgumentError("resumed_token_ids", ask.resumed[-1], "they hold a stop already")
+    return texts
+
+
+async def _commit(turn: Turn, request: Request, text: TextStream, journey: Journey) -> None:
+    """Let the session hold the prompt and what its client was given after it; after a deadline it stays as it
+    was."""
+    if journey.finish_reason is FinishReason.DEADLINE:
+        return
+    given = journey.given(0)[: text.tokens]
+    state = journey.state(0)
+    usable = state is not None and state.tokens - 1 <= len(given)
+    await turn.commit(request.prompt + given, state.data if state is not None and usable else None)
 
 
 def _seed(ask: Ask) -> int:

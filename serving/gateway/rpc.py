@@ -16,10 +16,12 @@ from serving.config import GatewaySpec
 from serving.errors import NotFoundError, OverloadedError
 from serving.gateway import convert
 from serving.gateway.fleet import Fleet
+from serving.gateway.keys import credential_of
 from serving.gateway.metrics import GatewayMetrics
 from serving.gateway.oip import Metadata, Oip
 from serving.gateway.requests import Requests
 from serving.gateway.services import Call, services
+from serving.gateway.sessions_rpc import SessionsRpc
 from serving.gateway.status import status_of
 
 log = logging.getLogger("fathom.gateway")
@@ -48,6 +50,7 @@ class Rpc:
         oip = Oip(requests, fleet, metrics)
         self._unary = {
             **oip.unary,
+            **SessionsRpc(requests.sessions, fleet, requests.keys).unary,
             ("fathom.v1.Inference", "Score"): self._score,
             ("fathom.v1.Models", "List"): self._list,
             ("fathom.v1.Models", "Get"): self._get,
@@ -135,12 +138,14 @@ class Rpc:
 
     async def _list(self, body: bytes, metadata: Metadata) -> Message:
         convert.parse(models_pb2.ListModelsRequest, body)
-        ready = [name for name in self._fleet.models if self._fleet.replicas(name)]
+        caller = self._requests.keys.authenticate(credential_of(metadata))
+        ready = [m for m in self._fleet.models if self._fleet.replicas(m) and caller.may_use(m)]
         return models_pb2.ListModelsResponse(models=[self._model(name) for name in ready])
 
     async def _get(self, body: bytes, metadata: Metadata) -> Message:
-        name = convert.parse(models_pb2.GetModelRequest, body).name
-        return self._model(self._fleet.resolve(name))
+        name = self._fleet.resolve(convert.parse(models_pb2.GetModelRequest, body).name)
+        self._requests.keys.authenticate(credential_of(metadata)).check(name)
+        return self._model(name)
 
     def _model(self, name: str) -> models_pb2.Model:
         description, replicas = self._fleet.describe(name)

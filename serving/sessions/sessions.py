@@ -20,13 +20,21 @@ class Turn:
 
     record: Record
     state: bytes  # after a beginning of its tokens; empty where there is none
-    committed: bool = False
-    tokens: list[int] | None = None  # all of the session's after the turn, once it is complete
-    new_state: bytes | None = None
+    _records: Records
 
-    def complete(self, tokens: list[int], state: bytes | None) -> None:
-        """The turn has been carried out: what the session is to hold from now on."""
-        self.tokens, self.new_state = tokens, state
+    async def commit(self, tokens: list[int], state: bytes | None) -> None:
+        """The turn has been carried out: all that the session is to hold from now on, and, where there is a newer
+        one, the state after a beginning of it. Raises FailedPreconditionError."""
+        await asyncio.to_thread(self._commit, tokens, state)
+
+    def _commit(self, tokens: list[int], state: bytes | None) -> None:
+        old = self._records.read(self.record.owner, SESSION, self.record.id)
+        if old.version != self.record.version:
+            raise FailedPreconditionError(f"session_id = {old.id!r}: another turn has come in between")
+        now = time.time()
+        new = self._records.write(replace(old, tokens=tokens, turns=old.turns + 1, used=now), state)
+        if new.state != old.state:
+            self._records.drop_state(old)
 
 
 class Sessions:
@@ -78,7 +86,7 @@ class Sessions:
 
     @asynccontextmanager
     async def turn(self, owner: str, session_id: str, model: str, fingerprint: str) -> AsyncIterator[Turn]:
-        """A session to generate within; written when the turn is complete, left as it was otherwise.
+        """A session to generate within; nobody else can meanwhile, here. It stays as it was unless the turn commits.
 
         Raises NotFoundError, DataLossError, or FailedPreconditionError where it is in use or of another model."""
         key = owner, session_id
@@ -90,22 +98,9 @@ class Sessions:
             if record.model != model:
                 raise FailedPreconditionError(f"session_id = {session_id!r}: it is of model {record.model!r}")
             _check_model(record, fingerprint)
-            turn = Turn(record, await asyncio.to_thread(self._records.state, record))
-            yield turn
-            if turn.tokens is not None:
-                await asyncio.to_thread(self._commit, turn)
+            yield Turn(record, await asyncio.to_thread(self._records.state, record), self._records)
         finally:
             self._busy.discard(key)
-
-    def _commit(self, turn: Turn) -> None:
-        assert turn.tokens is not None
-        old = self._records.read(turn.record.owner, SESSION, turn.record.id)
-        if old.version != turn.record.version:
-            raise FailedPreconditionError(f"session_id = {old.id!r}: another turn has come in between")
-        now = time.time()
-        self._records.write(replace(old, tokens=turn.tokens, turns=old.turns + 1, used=now), turn.new_state)
-        if turn.new_state is not None:
-            self._records.drop_state(old)
 
     async def _branch(self, owner: str, kind: str, record_id: str, into: str, ttl_s: float | None) -> Record:
         """Another record that goes on from the same point, with a state of its own."""

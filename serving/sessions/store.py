@@ -13,20 +13,19 @@ class StateStore:
 
     def __init__(self, url: str):
         """`url`: of fsspec, or a local folder."""
-        local = "://" not in url
-        if local:
-            Path(url).expanduser().mkdir(parents=True, exist_ok=True)
-            os.chmod(Path(url).expanduser(), 0o700)  # states tell what was said
-        self._fs, self._root = fsspec.core.url_to_fs(str(Path(url).expanduser()) if local else url)
-        self._atomic = not local  # an object store writes an object whole
+        self._folder = None if "://" in url else Path(url).expanduser()
+        self._fs, self._root = fsspec.core.url_to_fs(str(self._folder or url))
 
     def put(self, path: str, data: bytes) -> None:
         """Keep a blob under a path, in place of what may be there."""
         target = f"{self._root}/{path}"
-        self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-        if self._atomic:
+        if self._folder is None:  # an object store writes an object whole
+            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             self._fs.pipe_file(target, data)
             return
+        if not self._folder.exists():
+            self._folder.mkdir(parents=True, mode=0o700)  # states tell what was said
+        self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
         partial = f"{target}.{secrets.token_hex(4)}.partial"
         self._fs.pipe_file(partial, data)
         os.replace(partial, target)

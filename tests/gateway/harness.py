@@ -50,7 +50,8 @@ class House:
     async def stream(self, method: str, request: Message | bytes) -> tuple[list[Message], Context]:
         context, messages = Context(), []
         try:
-            messages += [message async for message in self.rpc.stream(call(method, request), context)]
+            async for message in self.rpc.stream(call(method, request), context):
+                messages.append(message)  # noqa: PERF401  # those before an error are wanted, too
         except StreamEndedError:
             assert context.code is not grpc.StatusCode.OK
         return messages, context

@@ -1,0 +1,177 @@
+"""API keys: who may use which model, and how much of it. A file holds their digests; it is read again when it
+changes."""
+
+import hashlib
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from serving.config import Name, Strict, validated
+from serving.errors import (
+    OverloadedError,
+    PermissionDeniedError,
+    ServeConfigError,
+    UnauthenticatedError,
+)
+
+log = logging.getLogger("fathom.gateway")
+
+PREFIX = "fathom-"
+RELOAD_S = 1.0
+MINUTE_S = 60.0
+
+
+class Key(Strict):
+    """One key of the file, without its secret."""
+
+    name: Name
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")  # of the secret, in hexadecimal
+    models: tuple[Name, ...] | None = None  # that it may use; all where not given
+    max_streams: int | None = Field(None, ge=0)  # at a time, in each gateway
+    tokens_per_minute: int | None = Field(None, ge=1)  # of prompts and continuations, in each gateway
+
+
+class KeyFile(Strict):
+    keys: tuple[Key, ...]
+
+    @pydantic.model_validator(mode="after")
+    def _distinct(self) -> "KeyFile":
+        for field in ("name", "sha256"):
+            seen = [getattr(key, field) for key in self.keys]
+            twice = [value for value in seen if seen.count(value) > 1]
+            if twice:
+                raise ValueError(f"keys: {field} {twice[0]} occurs twice")
+        return self
+
+
+class Caller:
+    """Whoever a credential belongs to, and what they use at present."""
+
+    def __init__(self, key: Key | None = None):
+        """Without a key: everybody, where no keys are asked for."""
+        self.key = key
+        self.streams = 0
+        self._tokens = 0.0 if key is None else float(key.tokens_per_minute or 0)
+        self._filled = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        """ "" for everybody."""
+        return "" if self.key is None else self.key.name
+
+    def may_use(self, model: str) -> bool:
+        return self.key is None or self.key.models is None or model in self.key.models
+
+    def check(self, model: str) -> None:
+        """Raises PermissionDeniedError."""
+        if not self.may_use(model):
+            raise PermissionDeniedError(f"model = {model!r}: the key {self.name!r} is not allowed to use it")
+
+    @contextmanager
+    def stream(self, prompt_tokens: int) -> Iterator[None]:
+        """A request that runs. Raises OverloadedError when a quota is spent."""
+        if self.key is not None and self.key.max_streams is not None and self.streams >= self.key.max_streams:
+            raise OverloadedError(f"key {self.name!r}: max_streams = {self.key.max_streams} are running")
+        self._fill()
+        if self.key is not None and self.key.tokens_per_minute is not None and self._tokens <= 0:
+            limit = self.key.tokens_per_minute
+            raise OverloadedError(f"key {self.name!r}: tokens_per_minute = {limit} are spent; try later")
+        self.spend(prompt_tokens)
+        self.streams += 1
+        try:
+            yield
+        finally:
+            self.streams -= 1
+
+    def spend(self, tokens: int) -> None:
+        """Count tokens. What runs goes on when they are spent, and the next request waits for all of them."""
+        self._tokens -= tokens
+
+    def _fill(self) -> None:
+        now = time.monotonic()
+        most = 0.0 if self.key is None else float(self.key.tokens_per_minute or 0)
+        self._tokens = min(most, self._tokens + (now - self._filled) / MINUTE_S * most)
+        self._filled = now
+
+
+class Keys:
+    """The keys of a file."""
+
+    def __init__(self, file: Path | None):
+        """Without a file everybody may do everything. Raises ServeConfigError."""
+        self._file = file
+        self._everybody = Caller()
+        self._callers: dict[str, Caller] = {}  # by digest
+        self._stamp: tuple[int, int] | None = None
+        self._checked = 0.0
+        if file is not None:
+            self._read(file)
+
+    def authenticate(self, credential: str) -> Caller:
+        """Raises UnauthenticatedError."""
+        if self._file is None:
+            return self._everybody
+        self._reload(self._file)
+        if not credential:
+            raise UnauthenticatedError("an API key is needed: authorization: Bearer KEY")
+        shown = digest(credential)
+        found = None
+        for known, caller in self._callers.items():  # all of them: the time taken tells nothing
+            if hmac.compare_digest(known, shown):
+                found = caller
+        if found is None:
+            raise UnauthenticatedError("the API key is not known")
+        return found
+
+    def _reload(self, file: Path) -> None:
+        now = time.monotonic()
+        if now - self._checked < RELOAD_S:
+            return
+        self._checked = now
+        try:
+            if _stamp(file) != self._stamp:
+                self._read(file)
+        except ServeConfigError as error:
+            log.error("%s; the keys stay as they were", error)
+
+    def _read(self, file: Path) -> None:
+        try:
+            self._stamp = _stamp(file)
+            raw = yaml.safe_load(file.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ServeConfigError(f"{file}: {error}") from None
+        known = {caller.key: caller for caller in self._callers.values()}
+        keys = validated(KeyFile, raw, str(file)).keys
+        self._callers = {key.sha256: known.get(key) or Caller(key) for key in keys}
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Another after every change. Raises ServeConfigError."""
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise ServeConfigError(f"{file}: {error}") from None
+    return stat.st_mtime_ns, stat.st_size
+
+
+def credential_of(headers: Mapping[str, str]) -> str:
+    """The key that came with a call: `authorization: Bearer KEY`, or `x-api-key: KEY`. Names in lower case."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+
+
+def digest(secret: str) -> str:
+    """As the file has it. Keys are long and random, so a plain digest tells nothing about them."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def new_secret() -> str:
+    return PREFIX + secrets.token_urlsafe(32)

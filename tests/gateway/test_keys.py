@@ -1,0 +1,171 @@
+"""API keys: who gets in, to which model, and how much of it."""
+
+import os
+from pathlib import Path
+
+import grpc
+import pytest
+import yaml
+
+from protos.fathom.v1 import inference_pb2 as pb
+from protos.fathom.v1 import models_pb2
+from protos.fathom.v1 import sessions_pb2 as sessions
+from serving.config import GatewaySpec
+from serving.errors import OverloadedError, ServeConfigError, UnauthenticatedError
+from serving.gateway import keys as module
+from serving.gateway.keys import Keys, credential_of, digest, new_secret
+from serving.gateway.requests import Ask
+from tests import tiny
+from tests.gateway.harness import Context, House, call, house
+
+GENERATE = "fathom.v1.Inference/Generate"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def write(file: Path, *entries: dict[str, object]) -> Path:
+    file.write_text(yaml.safe_dump({"keys": list(entries)}))
+    return file
+
+
+def test_a_key_is_known_by_its_digest_alone(tmp_path: Path) -> None:
+    secret = new_secret()
+    keys = Keys(write(tmp_path / "keys.yaml", {"name": "ann", "sha256": digest(secret)}))
+    assert keys.authenticate(secret).name == "ann"
+    for wrong in ("", "fathom-", secret[:-1], secret + "x", digest(secret)):
+        with pytest.raises(UnauthenticatedError) as refused:
+            keys.authenticate(wrong)
+        assert not wrong or wrong not in str(refused.value)  # a secret is never said back
+
+
+def test_the_file_is_read_again_when_it_changes(tmp_path: Path, clock: Clock) -> None:
+    file = write(tmp_path / "keys.yaml", {"name": "ann", "sha256": digest("a")})
+    keys = Keys(file)
+    ann = keys.authenticate("a")
+    write(file, {"name": "ann", "sha256": digest("a")}, {"name": "bob", "sha256": digest("b")})
+    os.utime(file, ns=(1, 1))
+    clock.now += 2
+    assert keys.authenticate("b").name == "bob"
+    assert keys.authenticate("a") is ann  # and what it uses at present is not forgotten
+    file.write_text("keys: [")
+    clock.now += 2
+    assert keys.authenticate("b").name == "bob"  # a file that cannot be read changes nothing
+    write(file, {"name": "bob", "sha256": digest("b")})
+    clock.now += 2
+    with pytest.raises(UnauthenticatedError):
+        keys.authenticate("a")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("keys: [{name: ann}]", "sha256"),
+        ("keys: [{name: ann, sha256: abc}]", "sha256"),
+        (f"keys: [{{name: ann, sha256: {'a0' * 32}, colour: red}}]", "colour"),
+        (f"keys: [{{name: ann, sha256: {'a0' * 32}}}, {{name: bob, sha256: {'a0' * 32}}}]", "twice"),
+        ("[]", "keys.yaml"),
+        ("keys: [", "keys.yaml"),
+    ],
+)
+def test_an_impossible_file_is_refused_by_name(tmp_path: Path, text: str, named: str) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(text)
+    with pytest.raises(ServeConfigError, match=named):
+        Keys(file)
+    with pytest.raises(ServeConfigError, match="missing"):
+        Keys(tmp_path / "missing.yaml")
+
+
+def test_quotas(tmp_path: Path, clock: Clock) -> None:
+    entry = {"name": "ann", "sha256": digest("a"), "max_streams": 2, "tokens_per_minute": 600}
+    ann = Keys(write(tmp_path / "keys.yaml", entry)).authenticate("a")
+    with (
+        ann.stream(100),
+        ann.stream(100),
+        pytest.raises(OverloadedError, match="max_streams = 2"),
+        ann.stream(1),
+    ):
+        pass
+    ann.spend(500)  # more than there were: what ran was let through
+    with pytest.raises(OverloadedError, match="tokens_per_minute = 600"), ann.stream(1):
+        pass
+    clock.now += 11  # 10 tokens a second, and 100 too many were spent
+    with ann.stream(1):
+        pass
+    clock.now += 3600
+    ann._fill()
+    assert ann._tokens == 600  # no more than a minute's are saved up
+
+
+def test_a_key_comes_as_a_bearer_or_as_a_header_of_its_own() -> None:
+    assert credential_of({"authorization": "Bearer abc"}) == "abc"
+    assert credential_of({"authorization": "bearer  abc "}) == "abc"
+    assert credential_of({"x-api-key": "abc"}) == "abc"
+    assert credential_of({"authorization": "Basic abc"}) == credential_of({}) == ""
+
+
+async def ask(h: House, key: str, model: str = "one") -> grpc.StatusCode:
+    context = Context(metadata=(("authorization", f"Bearer {key}"),) if key else ())
+    request = pb.GenerateRequest(model=model, text="def f", sampling=pb.SamplingParams(max_tokens=2))
+    try:
+        async for _ in h.rpc.stream(call(GENERATE, request), context):
+            pass
+    except Exception:
+        assert context.code is not grpc.StatusCode.OK
+    return context.code
+
+
+async def test_over_grpc(tmp_path: Path) -> None:
+    one, two = tiny.checkpoint(tmp_path / "one"), tiny.checkpoint(tmp_path / "two", seed=1)
+    file = write(
+        tmp_path / "keys.yaml",
+        {"name": "ann", "sha256": digest("a")},
+        {"name": "bob", "sha256": digest("b"), "models": ["two"]},
+        {"name": "none", "sha256": digest("n"), "max_streams": 0},
+    )
+    spec = GatewaySpec(keys_file=str(file), state_store=str(tmp_path / "store"))
+    async with house(one, two, gateway=spec) as h:
+        assert await ask(h, "a") is grpc.StatusCode.OK
+        assert await ask(h, "b", "two") is grpc.StatusCode.OK
+        assert await ask(h, "b") is grpc.StatusCode.PERMISSION_DENIED
+        assert await ask(h, "n") is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await ask(h, "") is grpc.StatusCode.UNAUTHENTICATED
+        assert await ask(h, "c") is grpc.StatusCode.UNAUTHENTICATED
+        with pytest.raises(UnauthenticatedError):
+            await h.requests.score(Ask("def f", model="one"))
+
+        async def unary(method: str, key: str, request: object) -> tuple[object, Context]:
+            context = Context(metadata=(("x-api-key", key),))
+            return await h.rpc.unary(call(method, request), context), context  # type: ignore[arg-type]
+
+        listed, _ = await unary("fathom.v1.Models/List", "b", models_pb2.ListModelsRequest())
+        assert [m.name for m in listed.models] == ["two"]  # type: ignore[attr-defined]
+        _, context = await unary("fathom.v1.Models/Get", "b", models_pb2.GetModelRequest(name="one"))
+        assert context.code is grpc.StatusCode.PERMISSION_DENIED
+
+        made, _ = await unary("fathom.v1.Sessions/Create", "a", sessions.CreateSessionRequest(model="two"))
+        for method, request in (
+            ("Get", sessions.GetSessionRequest),
+            ("Fork", sessions.ForkSessionRequest),
+            ("Snapshot", sessions.SnapshotSessionRequest),
+            ("Delete", sessions.DeleteSessionRequest),
+        ):
+            mine = request(session_id=made.session_id)  # type: ignore[attr-defined]
+            _, context = await unary(f"fathom.v1.Sessions/{method}", "b", mine)
+            assert context.code is grpc.StatusCode.NOT_FOUND, method
+        _, context = await unary("fathom.v1.Sessions/Create", "b", sessions.CreateSessionRequest(model="one"))
+        assert context.code is grpc.StatusCode.PERMISSION_DENIED
+        await h.idle()

@@ -14,14 +14,14 @@ function path(svg, kind, d, depth) {
   svg.append(made);
 }
 
-// The largest of 1, 2, 5, 10, 20 ... that is not below what is shown, so that the scale seldom changes.
+// The first of 1, 2, 5, 10, 20 ... that holds what is shown, so that the scale seldom changes.
 export function ceiling(values, least) {
   const most = Math.max(least, ...values);
   const power = 10 ** Math.floor(Math.log10(most));
-  return [1, 2, 5, 10].map((n) => n * power).find((n) => n >= most);
+  return [1, 2, 5, 10].map((n) => n * power).find((n) => n * 1.04 >= most);
 }
 
-// samples: [{at, bands: Map(depth -> value)}]; the shallowest lies at the bottom.
+// samples: [{at, bands: Map(depth -> value)}]; the shallowest lies at the bottom. Returns the top of the scale.
 export function stack(svg, samples, depths, shade, now) {
   svg.replaceChildren();
   const sums = samples.map(() => 0);
@@ -34,9 +34,10 @@ export function stack(svg, samples, depths, shade, now) {
     const d = `M${points(sums).join("L")}L${points(under).reverse().join("L")}Z`;
     path(svg, depth === 0 ? "area entry" : "area", d, shade(depth));
   }
+  return top;
 }
 
-// curves: [{kind, of: sample -> value or null}]; the first one has its area filled.
+// curves: [{kind, of: sample -> value or null}]; the first one has its area filled. Likewise.
 export function lines(svg, samples, curves, least, now) {
   svg.replaceChildren();
   const top = ceiling(samples.flatMap((s) => curves.map((c) => c.of(s) ?? 0)), least);
@@ -57,6 +58,7 @@ export function lines(svg, samples, curves, least, now) {
     close();
     path(svg, `curve ${curve.kind}`, d);
   }
+  return top;
 }
 
 // counts: [[bound or null, cumulative count]]; as if the values of a bucket were spread evenly over it.

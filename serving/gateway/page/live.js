@@ -46,9 +46,12 @@ const ms = (seconds) => seconds < .01 ? (seconds * 1000).toFixed(1) : Math.round
 function draw(name, shade) {
   const samples = history.get(name) ?? [], model = before.get(name), now = performance.now() / 1000;
   const depths = [...new Set(samples.flatMap((s) => [...s.bands.keys()]))].sort((a, b) => a - b);
-  stack($("rows"), samples, depths, shade, now);
-  lines($("rate"), samples, [{ kind: "", of: (s) => s.rate }], 10, now);
-  lines($("latency"), samples, [{ kind: "", of: (s) => s.p50 }, { kind: "faint", of: (s) => s.p95 }], .01, now);
+  const tops = {
+    rows: stack($("rows"), samples, depths, shade, now),
+    rate: lines($("rate"), samples, [{ kind: "", of: (s) => s.rate }], 10, now),
+    latency: 1000 * lines($("latency"), samples, [{ kind: "", of: (s) => s.p50 }, { kind: "faint", of: (s) => s.p95 }], .01, now),
+  };
+  for (const [id, top] of Object.entries(tops)) $(id).parentElement.dataset.top = Math.round(top).toLocaleString("en");
   const last = samples.at(-1);
   const rows = last ? [...last.bands.values()].reduce((a, b) => a + b, 0) : 0;
   $("rows-now").textContent = rows.toFixed(rows && rows < 10 ? 1 : 0);

@@ -28,7 +28,7 @@ let redraw = () => {};
 const model = () => models.get($("model").value);
 const shade = (depth) => {
   const full = model()?.max_depth ?? 1;
-  return full > 1 ? Math.max(0, depth - 1) / (full - 1) : .35;
+  return full > 1 ? Math.max(0, depth - 1) / (full - 1) : .1;
 };
 const headers = () => ($("key").value ? { authorization: `Bearer ${$("key").value}` } : {});
 
@@ -47,6 +47,13 @@ async function loadModels() {
   models = new Map(listed.map((m) => [m.id, m]));
   fill($("model"), listed.map((m) => [m.id, m.id]), $("model").value);
   modelChanged();
+  status(true);
+}
+
+function status(well) {
+  const count = models.size;
+  $("server").className = well ? (count ? "ready" : "") : "lost";
+  $("server").textContent = !well ? "no answer" : count ? `${count} model${count === 1 ? "" : "s"} ready` : "loading";
 }
 
 function askForKey() {
@@ -108,6 +115,7 @@ async function start() {
   $("start").hidden = true;
   $("stop").hidden = false;
   $("summary").textContent = "";
+  $("depths").hidden = true;
   try {
     await complete(prompt, stop.signal, told);
   } catch (error) {
@@ -163,7 +171,6 @@ function take(choice, told) {
     shown += token.text.length;
     const element = span("token", token.text);
     element.style.setProperty("--depth", shade(token.depth));
-    element.classList.toggle("dark", shade(token.depth) > .5);
     element.told = token;
     made.append(element);
   }
@@ -183,6 +190,7 @@ function span(kind, text) {
 function histogram(told) {
   const known = model()?.depths ?? [], depths = known.length > 24 ? [...told.counts.keys()].sort((a, b) => a - b) : known;
   const most = Math.max(...told.counts.values());
+  $("depths").hidden = depths.length < 2;
   $("depths").style.setProperty("--count", depths.length);
   $("depths").replaceChildren(...depths.map((depth) => {
     const bar = document.createElement("div"), block = document.createElement("i");
@@ -207,9 +215,9 @@ function summarise(told, stopped) {
     [`${told.tokens}`, ` tokens${stopped ? ", stopped" : ""}`],
     [Math.round((told.tokens - 1) / seconds || 0).toLocaleString("en"), " tokens/s"],
     [`${Math.round(told.first - told.began)} ms`, " to the first"],
-    [(depths / told.tokens).toFixed(2), ` of ${full} mean depth`],
   ];
-  if (told.usage && full > 1) parts.push([`${Math.round(100 * told.usage.flops_saved)} %`, " of the computing saved"]);
+  if (full > 1) parts.push([(depths / told.tokens).toFixed(2), ` of ${full} mean depth`]);
+  if (told.usage && full > 1) parts.push([`${Math.round(100 * told.usage.flops_saved)} %`, " of the compute saved"]);
   $("summary").replaceChildren(...parts.flatMap(([value, text], i) => {
     const bold = document.createElement("b");
     bold.textContent = value;
@@ -280,10 +288,8 @@ $("output").addEventListener("keydown", (event) => {
   if (["ArrowRight", "ArrowLeft", "Home", "End"].includes(event.key)) { event.preventDefault(); step(event.key); }
 });
 
-redraw = watch(() => $("model").value, shade, headers, (well, status, names) => {
-  const count = models.size;
-  $("server").className = well ? (count ? "ready" : "") : "lost";
-  $("server").textContent = !well ? "no answer" : count ? `${count} model${count === 1 ? "" : "s"} ready` : "loading";
-  if (status === 401) askForKey();
-  if (well && (names.length !== count || names.some((name) => !models.has(name)))) loadModels();
+redraw = watch(() => $("model").value, shade, headers, (well, code, names) => {
+  status(well);
+  if (code === 401) askForKey();
+  if (well && (names.length !== models.size || names.some((name) => !models.has(name)))) loadModels();
 });

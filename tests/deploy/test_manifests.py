@@ -147,15 +147,53 @@ def test_pods_are_what_the_restricted_pod_security_standard_asks(overlay: str) -
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}, name
 
 
+def chosen(selector: Object, objects: list[Object]) -> list[Object]:
+    """The pod templates that a label selector matches."""
+    found = []
+    for _, template in pods(objects):
+        labels = template["metadata"]["labels"]
+        by_key = [labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()]
+        by_key += [
+            e["key"] in labels for e in selector.get("matchExpressions", []) if e["operator"] == "Exists"
+        ]
+        if all(by_key):
+            found.append(template)
+    return found
+
+
 @overlays
 def test_selectors_find_the_pods_they_are_meant_for(overlay: str) -> None:
     objects = rendered(overlay)
-    labels = [template["metadata"]["labels"] for _, template in pods(objects)]
     for thing in objects:
-        field = "selector" if thing["kind"] == "PodDisruptionBudget" else "podSelector"
-        selector = thing.get("spec", {}).get(field, {})
-        for key, value in selector.get("matchLabels", {}).items():
-            assert any(have.get(key) == value for have in labels), (thing["metadata"]["name"], key, value)
+        spec = thing.get("spec", {})
+        if thing["kind"] == "NetworkPolicy":
+            assert chosen(spec["podSelector"], objects), thing["metadata"]["name"]
+        elif thing["kind"] in ("PodDisruptionBudget", "Deployment"):
+            assert chosen(spec["selector"], objects), thing["metadata"]["name"]
+        elif thing["kind"] == "Service":
+            assert chosen({"matchLabels": spec["selector"]}, objects), thing["metadata"]["name"]
+
+
+@overlays
+def test_monitors_scrape_ports_that_the_pods_have_and_the_network_policies_open(overlay: str) -> None:
+    objects = rendered(overlay)
+    policies = [o["spec"] for o in objects if o["kind"] == "NetworkPolicy"]
+    for monitor in (o for o in objects if o["kind"] == "PodMonitor"):
+        templates = chosen(monitor["spec"]["selector"], objects)
+        assert templates, monitor["metadata"]["name"]
+        for template in templates:
+            ports = {p["name"]: p["containerPort"] for p in template["spec"]["containers"][0]["ports"]}
+            for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+                open_to_monitoring = {
+                    port["port"]
+                    for policy in policies
+                    if template in chosen(policy["podSelector"], objects)
+                    for rule in policy.get("ingress", [])
+                    for source in rule.get("from", [])
+                    if "fathom/monitoring" in source.get("namespaceSelector", {}).get("matchLabels", {})
+                    for port in rule["ports"]
+                }
+                assert ports[endpoint["port"]] in open_to_monitoring, monitor["metadata"]["name"]
 
 
 @overlays

@@ -24,6 +24,7 @@ from serving.gateway.oip_convert import (
     infer_from,
     response_from,
 )
+from serving.gateway.oip_sequences import Sequences
 from serving.gateway.requests import Piece, Requests
 from serving.gateway.status import status_of
 
@@ -40,6 +41,7 @@ class Oip:
         self._requests = requests
         self._fleet = fleet
         self._metrics = metrics
+        self._sequences = Sequences(requests, fleet)
         self.unary = {
             (SERVICE, "ServerLive"): self._server_live,
             (SERVICE, "ServerReady"): self._server_ready,
@@ -148,7 +150,10 @@ class Oip:
         """One response with everything, or one for each piece."""
         count = infer.ask.params.n
         whole = Answer([infer.echo] * count, [Output("", index) for index in range(count)])
-        async with aclosing(self._requests.generate(infer.ask)) as pieces:
+        async with (
+            self._sequences.ask(infer) as ask,
+            aclosing(self._requests.generate(ask)) as pieces,
+        ):
             async for piece in pieces:
                 if infer.stream:
                     answer = Answer([piece.text], [piece.news])

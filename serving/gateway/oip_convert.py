@@ -52,6 +52,15 @@ Value = Any  # bool, int, float, str; from JSON also list, dict
 
 
 @dataclass(frozen=True, slots=True)
+class Sequence:
+    """Requests of which each continues the one before, and whether this is the first or the last of them."""
+
+    id: str
+    start: bool
+    end: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Infer:
     """One inference request, understood."""
 
@@ -60,6 +69,7 @@ class Infer:
     outputs: tuple[str, ...]
     stream: bool
     echo: str = ""  # begins every text
+    sequence: Sequence | None = None
 
 
 def infer_from(request: wire.ModelInferRequest, metadata: Mapping[str, str]) -> Infer:
@@ -85,7 +95,6 @@ def infer_from(request: wire.ModelInferRequest, metadata: Mapping[str, str]) -> 
         timeout_s=_timeout(settings),
         request_id=unique(request.id),
         priority=_priority(settings.get("priority", 0)),
-        session_id=_session(settings),
         traceparent=metadata.get("traceparent", ""),
     )
     stream, echo = settings.get("stream", False), ""
@@ -96,7 +105,7 @@ def infer_from(request: wire.ModelInferRequest, metadata: Mapping[str, str]) -> 
         echo = prompt
     if not request.outputs and ask.params.logprobs is None:
         outputs = tuple(name for name in outputs if name != "logprobs")
-    return Infer(request.id, ask, outputs, stream, echo)
+    return Infer(request.id, ask, outputs, stream, echo, _sequence(settings))
 
 
 def check_version(version: str) -> None:
@@ -215,14 +224,15 @@ def _priority(level: int) -> int:
     return 101 - level if level else 0
 
 
-def _session(settings: Mapping[str, Value]) -> str:
-    """The session that a sequence of requests is; "" for a request by itself."""
-    sequence = settings.get("sequence_id", 0)
-    if not isinstance(sequence, (int, str)) or isinstance(sequence, bool):
-        raise InvalidArgumentError("sequence_id", sequence, "must be an integer or a string")
-    if not sequence and (settings.get("sequence_start") or settings.get("sequence_end")):
-        raise InvalidArgumentError("sequence_id", sequence, "is missing for sequence_start or sequence_end")
-    return str(sequence) if sequence else ""
+def _sequence(settings: Mapping[str, Value]) -> Sequence | None:
+    """None for a request by itself."""
+    given = settings.get("sequence_id", 0)
+    start, end = (settings.get(f"sequence_{name}", False) for name in ("start", "end"))
+    if not isinstance(given, (int, str)) or isinstance(given, bool):
+        raise InvalidArgumentError("sequence_id", given, "must be an integer or a string")
+    if not given and (start or end):
+        raise InvalidArgumentError("sequence_id", given, "is missing for sequence_start or sequence_end")
+    return Sequence(str(given), start, end) if given else None
 
 
 def _outputs(request: wire.ModelInferRequest) -> tuple[str, ...]:

@@ -47,10 +47,16 @@ class Sessions:
         self._most = most
         self._busy: set[tuple[str, str]] = set()
 
-    async def create(self, owner: str, model: str, fingerprint: str, ttl_s: float | None) -> Record:
-        """Raises InvalidArgumentError or OverloadedError."""
+    async def create(
+        self, owner: str, model: str, fingerprint: str, ttl_s: float | None, session_id: str = ""
+    ) -> Record:
+        """`session_id`: drawn where it is not given; else the caller knows that there is none of that name.
+
+        Raises InvalidArgumentError or OverloadedError."""
         now = time.time()
-        record = Record(_new_id(), SESSION, owner, model, fingerprint, self._ttl(ttl_s), now, now)
+        record = Record(
+            session_id or _new_id(), SESSION, owner, model, fingerprint, self._ttl(ttl_s), now, now
+        )
         return await asyncio.to_thread(self._add, record)
 
     async def get(self, owner: str, session_id: str) -> Record:

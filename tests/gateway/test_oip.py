@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from protos.inference import grpc_service_pb2 as wire
 from protos.inference import grpc_service_pb2_grpc
 from serving import LLM, SamplingParams
+from serving.config import GatewaySpec
 from serving.errors import InvalidArgumentError
 from serving.gateway.tensors import CONTENTS, NUMBERS, add_output, read_inputs
 from tests import tiny
@@ -223,6 +224,34 @@ async def test_a_client_that_goes_frees_its_slots(folder: Path) -> None:
         assert 'outcome="CANCELLED"} 3' in text
 
 
+async def test_a_sequence_goes_on_from_what_came_before(folder: Path, tmp_path: Path) -> None:
+    """Its requests may be sent without waiting: they go in their order."""
+    llm = LLM(folder, dtype="float32")
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    expected, tokens = [], []
+    for text in ("def f", "(x)", ":"):
+        tokens += llm.encode(text)
+        expected.append(llm.generate([tokens], params)[0].token_ids)
+        tokens = tokens + expected[-1]
+    async with house(folder, gateway=GatewaySpec(state_store=str(tmp_path))) as h:
+        requests = [
+            ask("def f", sequence_id=7, sequence_start=True),
+            ask("(x)", sequence_id=7),
+            ask(":", sequence_id=7, sequence_end=True),
+            ask("def f", sequence_id="other", sequence_start=True),
+            ask("def f", sequence_id=7),
+        ]
+        messages, error = await exchange(h, *requests)
+        assert error is None
+        failed = [m.error_message for m in messages if m.error_message]
+        assert len(failed) == 1 and "sequence_id = '7': there is no such sequence" in failed[0]
+        found = [read(m.infer_response)["token_ids"] for m in messages if not m.error_message]
+        for wanted in (*expected, expected[0]):
+            found.remove(wanted)
+        assert not found
+        assert [r.id[:9] for r in await h.requests.sessions.all("")] == ["sequence-"], "the one not ended"
+
+
 async def test_deadlines_in_microseconds_and_in_seconds(shared: House) -> None:
     for timeout in ({"timeout": 300_000}, {"timeout_s": 0.3}):
         messages, error = await exchange(shared, ask(max_tokens=4000, stream=True, **timeout))
@@ -284,7 +313,7 @@ def with_region() -> wire.ModelInferRequest:
         (ask(timeout=1, timeout_s=1.0), "INVALID_ARGUMENT", "timeout"),
         (ask(timeout=-5), "INVALID_ARGUMENT", "timeout_s = -5e-06"),
         (ask(stream=True), "INVALID_ARGUMENT", "ModelStreamInfer"),
-        (ask(sequence_id=7, sequence_start=True), "UNIMPLEMENTED", "fathom.v1.Sessions"),
+        (ask(sequence_id=7), "NOT_FOUND", "sequence_id = '7': there is no such sequence"),
         (ask(sequence_end=True), "INVALID_ARGUMENT", "sequence_id"),
         (ask(outputs=("text_output", "embedding")), "INVALID_ARGUMENT", "outputs = 'embedding'"),
         (ask(None), "INVALID_ARGUMENT", "text_input and input_ids"),

@@ -54,7 +54,7 @@ SORTED = Recipe(
         "exits": [2, 4, 6],
     },
     objective=every_exit,
-    steps=600,
+    steps=400,
     tokens=4096,
 )
 
@@ -86,7 +86,7 @@ MOR = Recipe(
         },
     },
     objective=picked_tokens,
-    steps=600,
+    steps=400,
     tokens=4096,
 )
 
@@ -104,7 +104,7 @@ LOOPED_GLA = Recipe(
         "eos_token_id": 0,
     },
     objective=gated_loops,
-    steps=600,
+    steps=400,
     tokens=4096,
 )
 

@@ -159,6 +159,39 @@ def keygen(
     typer.echo(f"- name: {name}\n  sha256: '{digest(secret)}'")
 
 
+@app.command()
+def convert(
+    checkpoint: Annotated[str, typer.Argument(help="plain: folder, zoo/NAME or Hub id")],
+    target: Annotated[Path, typer.Argument(help="folder to write the recursive checkpoint to")],
+    sharing: Annotated[
+        str, typer.Option(help="cycle, sequence, middle_cycle or middle_sequence")
+    ] = "middle_cycle",
+    recursions: Annotated[int, typer.Option(help="passes through the shared layers")] = 2,
+    start: Annotated[str, typer.Option(help="of the shared layers: stepwise, average or lower")] = "stepwise",
+    rank: Annotated[int, typer.Option(help="of the update at each depth; 0: none")] = 0,
+    alpha: Annotated[float | None, typer.Option(help="of the updates; by default their rank")] = None,
+    skipped: Annotated[str, typer.Option(help="absent, propagate or last_exited")] = "absent",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Turn a plain checkpoint into a recursive one, and say how far its logits are from the original's."""
+    from models.convert import Recursion
+    from models.convert import convert as into
+    from models.load import DTYPES
+
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"--dtype = {dtype}: must be one of {', '.join(DTYPES)}")
+    how = Recursion.parse(sharing, recursions, start, rank, alpha, skipped)
+    found = into(checkpoint, target, how, DTYPES[dtype])
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+        return
+    typer.echo(f"{target}: on {found.tokens} tokens, against {checkpoint}:")
+    typer.echo(f"  largest difference of two logits {found.largest:.4g}")
+    typer.echo(f"  divergence {found.divergence:.4g} nats a token")
+    typer.echo(f"  the same likeliest token {found.agreement:.1%}")
+
+
 def _natural(flag: str, value: int) -> int:
     if value < 0:
         raise typer.BadParameter(f"{flag} = {value}: must be 0 or more")

@@ -2,7 +2,8 @@
 unique layers, and how they are looped.
 
     {"model_type": "recursive", "base": {"model_type": "gla", "num_hidden_layers": 4, ...},
-     "sharing": "middle_cycle", "num_recursions": 3, "skipped": "absent", "lora_rank": 0, "exit_gate": false}
+     "sharing": "middle_cycle", "num_recursions": 3, "skipped": "absent", "lora_rank": 0, "untied": false,
+     "exit_gate": false}
 
 Relaxed Recursive Transformers, arXiv 2410.20672.
 """
@@ -34,6 +35,7 @@ class Config(BaseModel):
     lora_alpha: float | None = pydantic.Field(
         None, gt=0
     )  # the update is scaled by alpha / rank; by 1 without
+    untied: bool = False  # norms and biases of the core differ from depth to depth; only with a LoRA
     exit_gate: bool = False
     default_depth: str = "full"  # depth policy of requests that do not give one
 
@@ -74,7 +76,7 @@ def build(raw: dict[str, Any], file: object) -> tuple[ModelConfig, Decoder]:
         scale = c.lora_alpha / c.lora_rank if c.lora_alpha else 1.0
         for stage in model.cores:
             for i in model.stages[stage].layers:
-                relax(model.blocks[i], c.num_recursions, c.lora_rank, scale, model.token_depths)
+                relax(model.blocks[i], c.num_recursions, c.lora_rank, scale, model.token_depths, c.untied)
     return base_config, model
 
 

@@ -9,8 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serving.config import GatewaySpec
+from serving.errors import RequestError
 from serving.gateway import pages
 from serving.gateway.fleet import Fleet
+from serving.gateway.keys import credential_of
 from serving.gateway.metrics import GatewayMetrics
 from serving.gateway.openai import OpenAi
 from serving.gateway.requests import Requests
@@ -36,9 +38,11 @@ def make_app(requests: Requests, fleet: Fleet, spec: GatewaySpec, metrics: Gatew
         return Response(await metrics.scrape(fleet), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/fathom/stats")
-    async def stats() -> Response:
-        text = (await metrics.scrape(fleet)).decode()
-        return answer(read(text, [name for name in fleet.models if fleet.replicas(name)]).to_json())
+    async def stats(request: Request) -> Response:
+        caller = requests.keys.authenticate(credential_of(request.headers))
+        told = read((await metrics.scrape(fleet)).decode(), [m for m in fleet.models if fleet.replicas(m)])
+        told.models = {name: model for name, model in told.models.items() if caller.may_use(name)}
+        return answer(told.to_json())
 
     app.router.routes.extend([*OpenAi(requests, fleet, spec, metrics).routes, *pages.routes()])
 
@@ -48,6 +52,10 @@ def make_app(requests: Requests, fleet: Fleet, spec: GatewaySpec, metrics: Gatew
         what = {404: "no such path", 405: "not with this method"}.get(error.status_code, str(error.detail))
         message = f"{request.method} {request.url.path}: {what}"
         return refusal(HttpError(error.status_code, "not_found", message), error.headers)
+
+    @app.exception_handler(RequestError)
+    async def unanswered(request: Request, error: RequestError) -> Response:
+        return refusal(error)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:

@@ -20,14 +20,15 @@ from serving.engine.news import FinishReason, Output, Usage
 from serving.engine.params import SamplingParams
 from serving.errors import FailedPreconditionError, InvalidArgumentError, RequestError
 from serving.gateway.fleet import Fleet
+from serving.gateway.keys import credential_of
 from serving.gateway.merge import each, merged
 from serving.gateway.metrics import GatewayMetrics
 from serving.gateway.openai_answer import Answers, Part, embedding_of, model_from, usage_from
 from serving.gateway.openai_body import (
-    Caller,
     Chat,
     Completion,
     Embedding,
+    Headers,
     Work,
     chat_from,
     completion_from,
@@ -53,7 +54,7 @@ from serving.text import Detokenizer
 log = logging.getLogger("fathom.gateway")
 
 EMBEDDINGS_AT_A_TIME = 64  # of one request
-Handler = Callable[[Request, Caller], Awaitable[Response]]
+Handler = Callable[[Request, Headers], Awaitable[Response]]
 
 
 class OpenAi:
@@ -82,8 +83,9 @@ class OpenAi:
             request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
             outcome = "CANCELLED"
             try:
-                caller = Caller(request_id, request.headers.get("traceparent", ""))
-                response = await handler(request, caller)
+                traceparent = request.headers.get("traceparent", "")
+                headers = Headers(request_id, traceparent, credential_of(request.headers))
+                response = await handler(request, headers)
                 outcome = "" if isinstance(response, Events) else "OK"
             except ClientGoneError:
                 return Response(status_code=499)  # nobody reads it
@@ -102,27 +104,28 @@ class OpenAi:
         if not isinstance(error, (RequestError, HttpError)):
             log.error("/v1/%s failed, request %s", name, request_id, exc_info=error)
 
-    async def _completions(self, request: Request, caller: Caller) -> Response:
+    async def _completions(self, request: Request, headers: Headers) -> Response:
         body = Completion.read(await read_json(request, self._max_bytes))
-        return await self._complete(request, completion_from(body, caller), caller)
+        return await self._complete(request, completion_from(body, headers), headers)
 
-    async def _chat(self, request: Request, caller: Caller) -> Response:
+    async def _chat(self, request: Request, headers: Headers) -> Response:
         body = Chat.read(await read_json(request, self._max_bytes))
         messages = messages_from(body)
+        self._requests.keys.authenticate(headers.credential)  # before the template has any work
         model = self._fleet.resolve(body.model)
         template = self._fleet.describe(model)[1][0].chat
         if template is None:
             raise FailedPreconditionError(f"model {model!r} has no chat template: use /v1/completions")
         options = {"add_generation_prompt": body.add_generation_prompt, **body.chat_template_kwargs}
         prompt = await asyncio.to_thread(template.render, messages, **options)
-        return await self._complete(request, chat_from(body, prompt, caller), caller)
+        return await self._complete(request, chat_from(body, prompt, headers), headers)
 
-    async def _complete(self, request: Request, work: Work, caller: Caller) -> Response:
+    async def _complete(self, request: Request, work: Work, headers: Headers) -> Response:
         model = self._fleet.resolve(work.body.model)
         tokenizer = self._fleet.describe(model)[1][0].tokenizer
-        answers = Answers(work, model, caller.request_id, tokenizer)
+        answers = Answers(work, model, headers.request_id, tokenizer)
         if work.body.stream:
-            return await Events.begun(request, self._events(work, answers, tokenizer, caller))
+            return await Events.begun(request, self._events(work, answers, tokenizer, headers))
         _ = work.body.usage_at_end  # says what is wrong with stream_options
         return answer(await unless_gone(request.receive, self._whole(work, answers, tokenizer)))
 
@@ -137,7 +140,7 @@ class OpenAi:
         return answers.whole(parts, usage_from(usages))
 
     async def _events(
-        self, work: Work, answers: Answers, tokenizer: Tokenizer | None, caller: Caller
+        self, work: Work, answers: Answers, tokenizer: Tokenizer | None, headers: Headers
     ) -> AsyncGenerator[bytes]:
         """What goes wrong after the first event is told in the last one, since the status has been sent."""
         name = "chat/completions" if work.chat else "completions"
@@ -159,7 +162,7 @@ class OpenAi:
             if not outcome:
                 raise
             outcome = _outcome(error)
-            self._log(name, caller.request_id, error)
+            self._log(name, headers.request_id, error)
             yield event(described(error)[1])
         finally:
             if outcome:
@@ -215,9 +218,9 @@ class OpenAi:
         texts = [detokenizer.feed(token) for token in ids]
         return "".join(texts) + detokenizer.flush(), [len(text) for text in texts], out
 
-    async def _embeddings(self, request: Request, caller: Caller) -> Response:
+    async def _embeddings(self, request: Request, headers: Headers) -> Response:
         body = Embedding.read(await read_json(request, self._max_bytes))
-        asks = embedding_asks(body, caller)
+        asks = embedding_asks(body, headers)
         outs = await unless_gone(request.receive, self._embedded(asks, body.pooling))
         size = len(outs[0].embedding)
         if body.dimensions is not None and body.dimensions > size:
@@ -250,12 +253,16 @@ class OpenAi:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _models(self, request: Request, caller: Caller) -> Response:
-        ready = [name for name in self._fleet.models if self._fleet.replicas(name)]
+    async def _models(self, request: Request, headers: Headers) -> Response:
+        caller = self._requests.keys.authenticate(headers.credential)
+        ready = [m for m in self._fleet.models if self._fleet.replicas(m) and caller.may_use(m)]
         return answer({"object": "list", "data": [self._described(name) for name in ready]})
 
-    async def _model(self, request: Request, caller: Caller) -> Response:
-        return answer(self._described(self._fleet.resolve(request.path_params["model"])))
+    async def _model(self, request: Request, headers: Headers) -> Response:
+        caller = self._requests.keys.authenticate(headers.credential)
+        name = self._fleet.resolve(request.path_params["model"])
+        caller.check(name)
+        return answer(self._described(name))
 
     def _described(self, name: str) -> dict[str, Any]:
         description, replicas = self._fleet.describe(name)

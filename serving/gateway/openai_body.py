@@ -113,6 +113,7 @@ class Generation(Body):
     guided_choice: list[str] | None = None
     depth: str | None = None  # as text: fixed(2), gate(0.8), ...
     session_id: str = ""
+    resumed_token_ids: list[int] = []  # of the continuation, that the client has already
     return_tokens: bool = (
         False  # each choice with its tokens: id, text, depth, why no deeper, log-probability
     )
@@ -170,15 +171,15 @@ class Embedding(Body):
     dimensions: int | None = None
     encoding_format: Literal["float", "base64"] = "float"
     pooling: str = "mean"
-    session_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
+class Headers:
     """What a request's headers say."""
 
     request_id: str
     traceparent: str = ""
+    credential: str = ""  # the API key
 
     def __post_init__(self) -> None:
         if len(self.request_id) > MAX_ID:
@@ -200,7 +201,7 @@ class Work:
         return self.asks[0].params.logprobs is not None
 
 
-def completion_from(body: Completion, caller: Caller) -> Work:
+def completion_from(body: Completion, headers: Headers) -> Work:
     """Raises InvalidArgumentError."""
     if body.best_of is not None and body.best_of != body.n:
         raise InvalidArgumentError("best_of", body.best_of, f"is not supported, other than n = {body.n}")
@@ -208,11 +209,16 @@ def completion_from(body: Completion, caller: Caller) -> Work:
     most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     generates = most != 0 or not body.echo
     params = body.params(most if generates else 1, body.logprobs)
-    asks = [_ask(prompt, body, params, caller) for prompt in prompts]
+    resumed = body.resumed_token_ids
+    if resumed and len(prompts) > 1:
+        raise InvalidArgumentError(
+            "resumed_token_ids", f"{len(resumed)} tokens", "only one prompt is resumed"
+        )
+    asks = [_ask(prompt, body, params, headers, resumed=resumed) for prompt in prompts]
     return Work(asks, body, echo=body.echo, generates=generates)
 
 
-def chat_from(body: Chat, prompt: str, caller: Caller) -> Work:
+def chat_from(body: Chat, prompt: str, headers: Headers) -> Work:
     """`prompt`: the messages as the model's template writes them. Raises InvalidArgumentError."""
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidArgumentError("top_logprobs", body.top_logprobs, "needs logprobs = true")
@@ -222,31 +228,37 @@ def chat_from(body: Chat, prompt: str, caller: Caller) -> Work:
     params = body.params(
         CHAT_TOKENS if most is None else most, (body.top_logprobs or 0) if body.logprobs else None
     )
-    return Work([_ask(prompt, body, params, caller, add_special_tokens=False)], body, chat=True)
+    more = {"add_special_tokens": False, "resumed": body.resumed_token_ids}
+    return Work([_ask(prompt, body, params, headers, **more)], body, chat=True)
 
 
-def embedding_asks(body: Embedding, caller: Caller) -> list[Ask]:
+def embedding_asks(body: Embedding, headers: Headers) -> list[Ask]:
     """Raises InvalidArgumentError."""
     if body.dimensions is not None and body.dimensions < 1:
         raise InvalidArgumentError("dimensions", body.dimensions, "must be a whole number from 1")
     return [
-        _ask(prompt, body, SamplingParams(), caller)
+        _ask(prompt, body, SamplingParams(), headers)
         for prompt in prompts_from("input", body.input, MAX_INPUTS)
     ]
 
 
 def _ask(
-    prompt: str | list[int], body: Generation | Embedding, params: SamplingParams, caller: Caller, **more: Any
+    prompt: str | list[int],
+    body: Generation | Embedding,
+    params: SamplingParams,
+    headers: Headers,
+    **more: Any,
 ) -> Ask:
     return Ask(
         prompt=prompt,
         model=body.model,
         params=params,
         timeout_s=body.timeout_s,
-        request_id=unique(caller.request_id),
+        request_id=unique(headers.request_id),
         priority=body.priority,
-        session_id=body.session_id,
-        traceparent=caller.traceparent,
+        session_id=body.session_id if isinstance(body, Generation) else "",
+        traceparent=headers.traceparent,
+        credential=headers.credential,
         **more,
     )
 

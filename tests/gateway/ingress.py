@@ -3,14 +3,16 @@ application."""
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import grpc
+import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from serving.gateway import replicas
 from serving.gateway.rpc import Rpc, StreamEndedError
 from serving.gateway.services import Call, add_services, services
 
@@ -39,6 +41,15 @@ class Ingress:
                     yield message.SerializeToString()
 
         return exchange if method.client_streaming else stream if method.server_streaming else unary
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patient() -> Iterator[None]:
+    """For the modules that import it. Replica, gateway and test share one event loop, and what a test does itself
+    holds it up: silence says nothing of a replica here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replicas, "SILENCE_S", 60.0)
+        yield
 
 
 @asynccontextmanager

@@ -22,7 +22,7 @@ from serving.errors import InvalidArgumentError
 from serving.gateway.tensors import CONTENTS, NUMBERS, add_output, read_inputs
 from tests import tiny
 from tests.gateway.harness import Context, House, house
-from tests.gateway.ingress import grpc_port
+from tests.gateway.ingress import grpc_port, patient  # noqa: F401  (used by being here)
 
 SERVICE = "inference.GRPCInferenceService"
 INFER = f"{SERVICE}/ModelInfer"

@@ -17,9 +17,10 @@ import pytest
 from serving import LLM, SamplingParams
 from serving.config import GatewaySpec
 from serving.gateway.http import make_app
+from serving.gateway.keys import digest
 from tests import tiny
 from tests.gateway.harness import House, house
-from tests.gateway.ingress import http_port
+from tests.gateway.ingress import http_port, patient  # noqa: F401  (used by being here)
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -240,10 +241,10 @@ async def test_stop_strings_request_ids_and_the_only_model(door: Door) -> None:
 HELLO = [{"role": "user", "content": "a"}]
 BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     ("completions", {}, 400, "prompt", "is required"),
-    ("completions", {"prompt": ""}, 400, "prompt", "empty"),
+    ("completions", {"prompt": ""}, 400, "prompt", "at least one token"),
     ("completions", {"prompt": []}, 400, "prompt", "must be 1 to"),
     ("completions", {"prompt": [1, "a"]}, 400, "prompt", "a list of token ids"),
-    ("completions", {"prompt": [[]]}, 400, "prompt", "empty"),
+    ("completions", {"prompt": [[]]}, 400, "prompt", "at least one token"),
     ("completions", {"prompt": [999]}, 400, "prompt", "0 to 299"),
     ("completions", {"prompt": "a", "model": "gpt"}, 404, "model", "must be one of tiny"),
     ("completions", {"prompt": "a", "temprature": 1}, 400, "temprature", "no parameter"),
@@ -397,6 +398,51 @@ async def test_more_streams_than_a_gateway_carries(door: Door) -> None:
     assert full.status_code == 429 and full.headers["retry-after"] == "1"
     assert full.json()["error"]["type"] == "rate_limit_error"
     await door.house.idle()
+
+
+async def test_a_continuation_is_resumed_and_a_session_goes_on(door: Door) -> None:
+    body = {"prompt": "def f", "max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_tokens": True}
+    whole = (await door.raw.post("/v1/completions", json=body)).json()["choices"][0]
+    ids = [token["id"] for token in whole["tokens"]]
+    rest = (await door.raw.post("/v1/completions", json={**body, "resumed_token_ids": ids[:7]})).json()[
+        "choices"
+    ][0]
+    assert [token["id"] for token in rest["tokens"]] == ids[7:]
+    lost = await door.raw.post("/v1/completions", json={**body, "session_id": "nobody-knows-it"})
+    assert lost.status_code == 404 and lost.json()["error"]["param"] == "session_id"
+
+
+async def test_api_keys(folder: Path, tmp_path: Path) -> None:
+    keys = [
+        {"name": "one", "sha256": digest("first")},
+        {"name": "two", "sha256": digest("second"), "models": ["other"]},
+    ]
+    file = tmp_path / "keys.yaml"
+    file.write_text(json.dumps({"keys": keys}))
+    spec = GatewaySpec(keys_file=str(file))
+    async with (
+        house(folder, gateway=spec) as h,
+        http_port(make_app(h.requests, h.fleet, spec, h.metrics)) as url,
+        httpx.AsyncClient(base_url=url) as raw,
+    ):
+        calls: list[tuple[str, str, dict[str, Any]]] = [
+            ("POST", "/v1/completions", {"prompt": "a"}),
+            ("POST", "/v1/chat/completions", {"messages": HELLO}),
+            ("POST", "/v1/embeddings", {"input": "a"}),
+            ("GET", "/v1/models/tiny", {}),
+        ]
+        for verb, path, body in [*calls, ("GET", "/v1/models", {}), ("GET", "/v1/fathom/stats", {})]:
+            for headers in ({}, {"authorization": "Bearer wrong"}):
+                refused = await raw.request(verb, path, json=body, headers=headers)
+                assert refused.status_code == 401, path
+                assert refused.json()["error"]["type"] == "authentication_error"
+        for verb, path, body in calls:
+            allowed = await raw.request(verb, path, json=body, headers={"authorization": "Bearer first"})
+            denied = await raw.request(verb, path, json=body, headers={"authorization": "Bearer second"})
+            assert (allowed.status_code, denied.status_code) == (200, 403), path
+        seen = await raw.get("/v1/models", headers={"x-api-key": "second"})
+        assert seen.json()["data"] == []
+        assert (await raw.get("/")).status_code == (await raw.get("/healthz")).status_code == 200
 
 
 async def test_a_model_that_is_not_there_yet_and_one_that_cannot_chat(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from serving.config import GatewaySpec
 from serving.gateway.http import make_app
 from tests import tiny
 from tests.gateway.harness import House, house
-from tests.gateway.ingress import http_port
+from tests.gateway.ingress import http_port, patient  # noqa: F401  (used by being here)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [

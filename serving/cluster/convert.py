@@ -38,6 +38,7 @@ def submit_from(request: Request, timeout_s: float | None) -> wire.Submit:
         keep=request.keep,
         timeout_s=timeout_s,
         priority=request.priority,
+        owner=request.owner,
     )
 
 
@@ -61,6 +62,7 @@ def request_from(submit: wire.Submit, now: float) -> Request:
         keep=submit.keep,
         seed=params.seed or 0,
         priority=submit.priority,
+        owner=submit.owner,
         deadline=now + submit.timeout_s if submit.HasField("timeout_s") else None,
     )
 

@@ -30,6 +30,7 @@ class Request:
     embed: str = ""  # "mean" or "last": of the normed hidden vectors that the head would see
     seed: int = 0  # of continuation 0
     priority: int = 0  # larger goes first
+    owner: str = ""  # who asks, by the name of a key: those who wait are served in turn
     deadline: float | None = None  # on the engine's clock
     arrival: float = 0.0
     admitted: float | None = None

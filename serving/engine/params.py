@@ -16,6 +16,10 @@ GRAMMARS = ("json_schema", "regex", "lark")
 MAX_GRAMMAR = 1 << 16
 
 
+MAX_PRIORITY = 100
+"""That a client may ask for; -100 is the least."""
+
+
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """What the text of a continuation has to look like. Raises InvalidArgumentError."""

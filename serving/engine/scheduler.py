@@ -1,7 +1,6 @@
 """What runs next: admission, prefill in bounded chunks, and the choice of a stage."""
 
 import heapq
-import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,10 +14,12 @@ from serving.engine.core import Chunk, Floats, Ints, Request, Sequence, Tick
 from serving.engine.depth import AT_LEAST, DEFAULT_THRESHOLDS, SIGNALS, ExitReason
 from serving.engine.governor import Governor
 from serving.engine.news import Load
+from serving.engine.params import MAX_PRIORITY
 from serving.engine.paths import PathTable
 from serving.engine.random import derive
 from serving.engine.rows import IDLE, MANY, Rows
 from serving.engine.slots import SlotPool, TokenBudget
+from serving.engine.waiting import WaitingQueue
 from serving.errors import InvalidArgumentError, OverloadedError
 
 UNREPEATABLE = [ExitReason.GOVERNED, ExitReason.OUT_OF_TIME]
@@ -73,8 +74,7 @@ class Scheduler:
         self.governor = Governor(shed_wait_s, clock)
         self._fills = fills
         self._one_by_one = one_by_one
-        self._waiting: list[tuple[int, int, Request, Path]] = []
-        self._order = itertools.count()
+        self._waiting = WaitingQueue()
         self._prefilling: list[Sequence] = []
         self._chunks: list[Chunk] = []
         self._deadlines: list[tuple[float, str]] = []
@@ -93,11 +93,12 @@ class Scheduler:
             given = f"{len(request.prompt)} tokens and max_tokens = {request.params.max_tokens}"
             limit = f"need room for {tokens} tokens, this model has it for {self.budget.capacity}"
             raise InvalidArgumentError("prompt", given, limit)
-        if len(self._waiting) >= self._max_waiting and (self._waiting or self.slots.available < needed):
+        full = len(self._waiting) >= self._max_waiting and (self._waiting or self.slots.available < needed)
+        if full and request.priority <= MAX_PRIORITY:  # above are those that had their place elsewhere
             raise OverloadedError(f"the queue is full: {len(self._waiting)} requests are waiting")
         request.arrival = self._clock()
         self.requests[request.id] = request
-        heapq.heappush(self._waiting, (-request.priority, next(self._order), request, path))
+        self._waiting.push(request, path)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.id))
 
@@ -123,13 +124,13 @@ class Scheduler:
     def admit(self) -> Iterator[Sequence]:
         """Give slots to waiting requests, as far as there are any."""
         while self._waiting:
-            _, _, request, path = self._waiting[0]
+            request, path = self._waiting.first()
             tokens = self.reserved(request, path)
             if self.slots.available < request.params.n * path.slots or not self.budget.fits(
                 request.params.n * tokens
             ):
                 return
-            heapq.heappop(self._waiting)
+            self._waiting.take()
             request.admitted = self._clock()
             for index in range(request.params.n):
                 slots = np.array([self.slots.allocate() for _ in range(path.slots)])
@@ -150,7 +151,7 @@ class Scheduler:
     def schedule(self) -> Tick | None:
         """Choose a stage, and everything that is parked there."""
         self._cut_chunks()
-        self.governor.observe(min((entry[2].arrival for entry in self._waiting), default=None))
+        self.governor.observe(self._waiting.oldest())
         parked = self._parked()
         if not len(parked.stages):
             return None
@@ -301,8 +302,7 @@ class Scheduler:
 
     def withdraw(self, request: Request) -> None:
         """Take a request out of the queue."""
-        self._waiting = [entry for entry in self._waiting if entry[2] is not request]
-        heapq.heapify(self._waiting)
+        self._waiting.withdraw(request)
         del self.requests[request.id]
 
     def _set_policy(self, sequence: Sequence) -> None:

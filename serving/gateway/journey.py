@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from serving.engine.core import Request
 from serving.engine.news import FinishReason, Output, StateAfter, Usage
+from serving.engine.params import MAX_PRIORITY
 from serving.engine.random import derive
 from serving.errors import DeadlineExceededError, OverloadedError, UnavailableError
 from serving.gateway.fleet import Fleet
@@ -15,7 +16,7 @@ from serving.gateway.replicas import Mailbox, Replica
 
 log = logging.getLogger("fathom.gateway")
 
-FIRST = 101  # priority of what has waited once already: above all that clients may ask for
+FIRST = MAX_PRIORITY + 1  # of what has waited once already
 
 
 AGAIN_S = 0.02
@@ -175,6 +176,7 @@ class Journey:
                 keep=self.request.keep,
                 seed=derive(self.request.seed, index),
                 priority=FIRST,
+                owner=self.request.owner,
             )
             self._send(replica, request, [index])
 

@@ -18,7 +18,7 @@ from serving.config import GatewaySpec
 from serving.engine.core import Request
 from serving.engine.description import Description
 from serving.engine.news import FinishReason, Output, Usage
-from serving.engine.params import SamplingParams
+from serving.engine.params import MAX_PRIORITY, SamplingParams
 from serving.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -120,7 +120,7 @@ class Requests:
         with self._recorded("generate", ask) as record:
             caller = self._admitted(ask)
             async with self._turn(ask, caller) as turn:
-                prepared, tokenizer, eos = await self._prepare(ask, record, turn)
+                prepared, tokenizer, eos = await self._prepare(ask, record, caller.name, turn)
                 with caller.stream(len(prepared.prompt) - len(turn.record.tokens if turn else ())):
                     texts = _texts(ask, tokenizer, eos)
                     async with self._journey(prepared, ask, record) as journey:
@@ -177,7 +177,7 @@ class Requests:
         """All that the engine says of a prompt that nothing is generated after."""
         with self._recorded(method, ask) as record:
             caller = self._admitted(ask)
-            prepared, _, _ = await self._prepare(ask, record, **work)
+            prepared, _, _ = await self._prepare(ask, record, caller.name, **work)
             whole = Output(prepared.id, 0)
             with caller.stream(len(prepared.prompt)):
                 async with self._journey(prepared, ask, record) as journey:
@@ -220,7 +220,7 @@ class Requests:
             yield turn
 
     async def _prepare(
-        self, ask: Ask, record: Record, turn: Turn | None = None, **work: Any
+        self, ask: Ask, record: Record, owner: str, turn: Turn | None = None, **work: Any
     ) -> tuple[Request, Tokenizer | None, tuple[int, ...]]:
         """Check everything that can be checked here, and turn text into ids. `work`: what is wanted of the
         prompt, if not continuations."""
@@ -228,7 +228,7 @@ class Requests:
         self._timeout(ask)
         if len(ask.request_id) > MAX_REQUEST_ID:
             raise InvalidArgumentError("request_id", ask.request_id, f"at most {MAX_REQUEST_ID} characters")
-        if not -100 <= ask.priority <= 100:
+        if not -MAX_PRIORITY <= ask.priority <= MAX_PRIORITY:
             raise InvalidArgumentError("priority", ask.priority, "must be from -100 to 100")
         description, replicas = self.fleet.describe(model)
         tokenizer = replicas[0].tokenizer
@@ -255,6 +255,7 @@ class Requests:
             keep=turn is not None,
             seed=_seed(ask),
             priority=ask.priority,
+            owner=owner,
             **work,
         )
         record.request_id, record.prompt_tokens = request.id, len(ids)

@@ -15,7 +15,7 @@ class Command(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "prompt", "params", "score", "timeout_s", "priority", "embed", "resumed", "state", "keep")
+    __slots__ = ("request_id", "prompt", "params", "score", "timeout_s", "priority", "embed", "resumed", "state", "keep", "owner")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,7 @@ class Submit(_message.Message):
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     params: bytes
@@ -36,7 +37,8 @@ class Submit(_message.Message):
     resumed: _containers.RepeatedScalarFieldContainer[int]
     state: bytes
     keep: bool
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., params: _Optional[bytes] = ..., score: _Optional[bool] = ..., timeout_s: _Optional[float] = ..., priority: _Optional[int] = ..., embed: _Optional[str] = ..., resumed: _Optional[_Iterable[int]] = ..., state: _Optional[bytes] = ..., keep: _Optional[bool] = ...) -> None: ...
+    owner: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., params: _Optional[bytes] = ..., score: _Optional[bool] = ..., timeout_s: _Optional[float] = ..., priority: _Optional[int] = ..., embed: _Optional[str] = ..., resumed: _Optional[_Iterable[int]] = ..., state: _Optional[bytes] = ..., keep: _Optional[bool] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id", "index")

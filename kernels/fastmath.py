@@ -30,6 +30,8 @@ LOG2_E = np.float32(1.4426950408889634)
 # ln 2 in two parts: the high one has 10 bits, so that n * high is exact and x - n ln 2 loses nothing.
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 
+_L3, _L5, _L7, _L9, _L11, _L13, _L15 = (np.float32(1 / n) for n in range(3, 17, 2))
+
 # The flags of the kernels around (fastmath=True) would let LLVM fold (x + c) - c into x: these allow fused
 # multiply-adds only, and keep their own flags when they are inlined.
 _FLAGS = {"contract"}
@@ -112,3 +114,15 @@ def sigmoid(x: float) -> float:
 @numba.njit(forceinline=True, fastmath=_FLAGS, error_model="numpy")
 def silu(x: float) -> float:
     return x / (_ONE + exp(-x))
+
+
+@numba.njit(forceinline=True, fastmath=_FLAGS, error_model="numpy")
+def softplus(x: float) -> float:
+    """log(1 + e^x), to 4e-7 of itself however small it is: x+ + log1p(e^-|x|), with log1p(e) = 2 atanh(e / (2 + e)) as
+    a series in s <= 1/3."""
+    e = exp(-abs(x))
+    s = e / (np.float32(2.0) + e)
+    z = s * s
+    p = _L15 * z + _L13
+    p = (((((p * z + _L11) * z + _L9) * z + _L7) * z + _L5) * z + _L3) * z + _ONE
+    return max(x, np.float32(0.0)) + np.float32(2.0) * s * p

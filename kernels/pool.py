@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+Floats = npt.NDArray[np.float32]
+
 PADDING_SLOT = 0
 """Slot that no sequence owns: padded rows read and write it, and nobody looks."""
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+FEW = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -27,6 +29,14 @@ class Batch:
     @property
     def segments(self) -> int:
         return self.slots.shape[0]
+
+    @property
+    def decodes_few(self) -> bool:
+        """Whether this is a decoding step of a few sequences, without gradients: one token of each, so few that reading
+        the weights is what takes the time."""
+        tokens = self.positions.shape[0]
+        few = tokens == self.slots.shape[0] and tokens <= FEW
+        return few and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     @property
     def token_depths(self) -> Tensor:

@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kernels.linear import linear
+from kernels.depth import confidence
 from models.batch import Batch
+from models.int8 import Int8
 from models.layers import Linear
 from models.paths import Node, Path
 from models.state import LayerLeaves, LayerState, Layout
@@ -120,6 +123,7 @@ class Decoder(nn.Module):
         self.embedding_scale = embedding_scale
         self.logit_softcap = logit_softcap
         self.residual_in_fp32 = residual_in_fp32
+        self.tied_int8: Int8 | None = None  # the embeddings as a head
         single = (Stage(f"layer {i}", range(i, i + 1)) for i in range(len(layers)))
         self.stages: tuple[Stage, ...] = (
             Stage("stack", range(len(layers)), head=True),
@@ -212,12 +216,24 @@ class Decoder(nn.Module):
         for i in self.stages[stage].layers:
             self.blocks[i].fill(x, batch, states[i])
 
+    def intermediate(
+        self, rows: Tensor, index: Tensor, batch: Batch, states: Sequence[LayerState] | None
+    ) -> Tensor:
+        """What the head would see of some [R] of the rows [T, row_width] that are on their way if they left now:
+        [R, hidden_size], normed. Changes no state."""
+        return self.normed(rows[index, : self.hidden_size])
+
     def intermediate_logits(
         self, rows: Tensor, index: Tensor, batch: Batch, states: Sequence[LayerState] | None
     ) -> Tensor:
-        """What some [R] of the rows [T, row_width] that are on their way would predict if they left now:
-        [R, vocab_size]. Changes no state."""
-        return self.logits(rows[index, : self.hidden_size])
+        """What they would predict: [R, vocab_size], float32."""
+        return self.head(self.intermediate(rows, index, batch, states))
+
+    def confidence(self, x: Tensor) -> Tensor:
+        """How sure the head is of normed hidden vectors [R, D], without their logits: [R, 4] (see kernels.depth)."""
+        head = self.embeddings if self.lm_head is None else self.lm_head
+        bias = None if self.lm_head is None else self.lm_head.bias
+        return cast("Tensor", confidence(x, head.weight, bias, self.logit_softcap))
 
     def logits(self, rows: Tensor) -> Tensor:
         """Rows [R, row_width] that have passed the last stage -> [R, vocab_size], float32."""
@@ -230,9 +246,10 @@ class Decoder(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Normed hidden vectors [R, D] -> logits [R, vocab_size], float32."""
-        weight = self.embeddings.weight if self.lm_head is None else self.lm_head.weight
-        bias = None if self.lm_head is None else self.lm_head.bias
-        logits = torch.nn.functional.linear(x, weight, bias).float()
+        if self.lm_head is None:
+            logits = (self.tied_int8 or linear)(x, self.embeddings.weight, None).float()
+        else:
+            logits = self.lm_head(x).float()
         if self.logit_softcap is not None:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits

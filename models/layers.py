@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.linear import linear
+from models.int8 import Int8
+
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
@@ -110,8 +113,13 @@ class GroupNorm(nn.Module):
 class Linear(nn.Linear):
     """`torch.nn.Linear` without its random start: weights are loaded, or set by `models.train`."""
 
+    int8: Int8 | None = None
+
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.int8 or linear)(x, self.weight, self.bias)
 
 
 class Parted(nn.Module):
@@ -129,6 +137,8 @@ class Packed(Parted):
     read from ``attn.q_proj.weight`` and ``attn.k_proj.weight``.
     """
 
+    int8: Int8 | None = None
+
     def __init__(self, in_features: int, parts: Mapping[str, int], bias: bool | frozenset[str] = False):
         super().__init__()
         self.sizes: Sequence[int] = list(parts.values())
@@ -139,7 +149,7 @@ class Packed(Parted):
 
     def forward(self, x: Tensor, sizes: Sequence[int] | None = None) -> tuple[Tensor, ...]:
         """The projections, one tensor for each part, or cut into other `sizes`."""
-        return F.linear(x, self.weight, self.bias).split(sizes or self.sizes, dim=-1)
+        return (self.int8 or linear)(x, self.weight, self.bias).split(sizes or self.sizes, dim=-1)
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         at = 0

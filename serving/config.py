@@ -51,6 +51,7 @@ class ModelSpec(Strict):
     slots: int | None = Field(None, ge=1, le=1_000_000)  # sequences of one replica that run at a time
     state_memory_mb: float | None = Field(None, gt=0)  # or as many as this holds
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    weights: Literal["auto", "int8"] = "auto"  # int8: projections rounded to eight bits, on a CPU
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     prefill_tokens: int = Field(256, ge=1, le=1 << 20)  # prompt tokens of one tick
     max_tokens: int | None = Field(None, ge=2)  # of prompt and continuation together

@@ -57,6 +57,7 @@ class LLM:
         model: str | Path | LoadedModel,
         *,
         dtype: str | torch.dtype = "auto",
+        weights: str = "auto",
         slots: int = 32,
         device: str = "auto",
         prefill_tokens: int = 256,
@@ -68,6 +69,7 @@ class LLM:
     ):
         """`slots` sequences run at a time; more prompts wait their turn. `max_tokens` bounds prompt and
         continuation together, `kv_tokens` those of all sequences where attention keeps every token.
+        `weights="int8"` rounds those of projections to eight bits: quicker on a CPU, and another model by a little.
         `prefix_cache_mb` is for states of prompts that may come again. `progress` draws a bar on long work;
         by default where standard error is a terminal.
 
@@ -79,7 +81,7 @@ class LLM:
             raise InvalidArgumentError("prefill_tokens", prefill_tokens, "must be a whole number from 1")
         if threads is not None:
             use_threads(threads)
-        self.loaded = model if isinstance(model, LoadedModel) else load(model, dtype, device)
+        self.loaded = model if isinstance(model, LoadedModel) else load(model, dtype, device, weights)
         self.tokenizer = self.loaded.tokenizer
         self.engine = make_engine(
             self.loaded,

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.diagonal.selective import selective
+from kernels.diagonal.selective import MixerWeights, mixer_step, selective
+from kernels.pool import as_float32
 from models.batch import Batch
 from models.config import ModelConfig
 from models.decoder import Block, Decoder, Mixer
+from models.int8 import matrix
 from models.layers import Linear, RMSNorm
 from models.mixers.shortconv import ShortConv
 from models.state import LayerLeaves, LayerState, Leaf, pool_of
@@ -71,14 +73,26 @@ class Mamba(Mixer):
         self.D = nn.Parameter(torch.empty(inner))
         self.out_proj = Linear(inner, c.hidden_size, bias=c.use_bias)
         self._A: Tensor | None = None
+        self._step: MixerWeights | None = None
 
     def prepare(self) -> None:
         self._A = -self.A_log.float().exp().t().contiguous()
+        if self._A.is_cpu and self.D.dtype is torch.float32:
+            taps, bias = self.conv.arrays()
+            x_proj, dt_proj = matrix(self.x_proj), matrix(self.dt_proj)
+            A, skip = self._A.numpy(), as_float32(self.D.detach())
+            self._step = MixerWeights(
+                matrix(self.in_proj), taps, bias, x_proj, dt_proj, A, skip, matrix(self.out_proj)
+            )
 
     def leaves(self) -> LayerLeaves:
         return {"h": Leaf((self.N, self.inner)), "conv": self.conv.leaf()}
 
     def forward(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
+        if self._step is not None and state is not None and batch.decodes_few:
+            return mixer_step(
+                x, self._step, self.rms_eps, state["conv"], state["h"], batch.slots, batch.depths
+            )
         x, z = self.in_proj(x).chunk(2, -1)
         x = self.conv(x, batch, pool_of(state, "conv"))
         low, B, C = self.x_proj(x).split(self.sizes, -1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.conv import conv
+from kernels.pool import Floats, as_float32
 from models.batch import Batch
 from models.layers import Parted
 from models.state import Leaf
@@ -36,6 +37,11 @@ class ShortConv(Parted):
 
     def leaf(self) -> Leaf:
         return Leaf((self.weight.shape[1] - 1, self.channels))
+
+    def arrays(self) -> tuple[Floats, Floats]:
+        """Taps [W, channels] and bias [channels], for kernels that contain the convolution."""
+        bias = torch.zeros(self.channels) if self.bias is None else self.bias.detach()
+        return as_float32(self.weight.detach().t()), as_float32(bias)
 
     def forward(self, x: Tensor, batch: Batch, pool: Tensor | None) -> Tensor:
         """x [T, channels] -> [T, channels]."""

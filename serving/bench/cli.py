@@ -39,6 +39,19 @@ def long(
 
 
 @app.command()
+def peers(
+    batch: Annotated[list[int], typer.Option(help="may be given again")] = [1, 8, 32],  # noqa: B006
+    tokens: Annotated[int, typer.Option(min=4, help="of each sequence")] = 32,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    threads: Threads = None,
+) -> None:
+    """Against transformers' generate, on a checkpoint of Mamba-130M's shape with random weights."""
+    from serving.bench import peers as bench
+
+    bench.run(batch, tokens, rounds, threads or os.cpu_count() or 1)
+
+
+@app.command()
 def gateway(
     model: Model = "zoo/gla",
     requests: Annotated[int, typer.Option(min=1)] = 200,

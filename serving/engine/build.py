@@ -30,7 +30,7 @@ UNTRAINED_TOKENS = 4096  # of a model with full attention that does not say how 
 def build(spec: ModelSpec, observer: Observer | None = None) -> tuple[Engine, LoadedModel, Description]:
     """Load the model and make an engine for it. Raises models.errors.ModelError or ServeConfigError."""
     use_threads(spec.threads or os.cpu_count() or 1)
-    loaded = load(spec.path, spec.dtype, spec.device)
+    loaded = load(spec.path, spec.dtype, spec.device, spec.weights)
     model = loaded.model
     slots = _slots(spec, model.layout().bytes_per_slot, model.device)
     engine = make_engine(

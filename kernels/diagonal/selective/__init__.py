@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.diagonal.selective.mixer_numba import MixerWeights, mixer_step_numba
 from kernels.diagonal.selective.naive import selective_naive
 from kernels.diagonal.selective.scan import selective_scan
 from kernels.diagonal.selective.step_numba import selective_step_numba
@@ -12,7 +13,15 @@ from kernels.library import define
 from kernels.pool import as_float32, flat
 from kernels.tiles import tile
 
-__all__ = ["selective", "selective_naive", "selective_scan", "selective_step", "selective_train"]
+__all__ = [
+    "MixerWeights",
+    "mixer_step",
+    "selective",
+    "selective_naive",
+    "selective_scan",
+    "selective_step",
+    "selective_train",
+]
 
 
 def selective(
@@ -44,6 +53,34 @@ def selective(
         zero = x.new_zeros(len(offsets) - 1, *A.shape, dtype=torch.float32)
         return selective_scan(x, dt, A, B, C, D, z, zero, offsets)[0].to(x.dtype)
     return selective_step(x, dt, A, B, C, D, z, pool, slots, depths, offsets)
+
+
+def mixer_step(
+    x: Tensor,
+    weights: MixerWeights,
+    rms_eps: float | None,
+    conv_pool: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    depths: Tensor,
+) -> Tensor:
+    """A decoding step of Mamba's whole mixer, on a CPU: x [T, D] float32, one token for each of T slots -> [T, D].
+
+    Pools as those of `kernels.conv.conv` and `selective`; with `rms_eps`, step size, B and C are normed without
+    weights (Falcon Mamba).
+    """
+    out = torch.empty_like(x)
+    mixer_step_numba(
+        as_float32(x),
+        weights,
+        np.float32(-1 if rms_eps is None else rms_eps),
+        flat(conv_pool),
+        flat(pool),
+        slots.numpy(),
+        depths.numpy(),
+        out.numpy(),
+    )
+    return out
 
 
 def _on_cpu(

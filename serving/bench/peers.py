@@ -1,0 +1,210 @@
+"""``fathom bench peers``: decoding against transformers' `generate`, of one checkpoint, in one run."""
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.load import LoadedModel, load
+from serving.bench.measure import read_seconds, report
+from serving.engine.core import Request
+from serving.engine.params import SamplingParams
+from serving.errors import ServeConfigError
+from serving.llm import LLM
+from serving.threads import use_threads
+
+SHAPE: dict[str, Any] = {"vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 24, "state_size": 16}
+"""Of Mamba-130M."""
+
+WAYS = (("float32", "auto"), ("float32", "int8"), ("bfloat16", "auto"))
+"""How Fathom may hold a float32 checkpoint: type, weights. The last only where the processor multiplies bfloat16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one engine made of one set of prompts."""
+
+    tokens: list[list[int]]
+    step: float  # seconds, median
+
+
+class Theirs:
+    """transformers' model, in one type."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype):
+        import transformers
+
+        self.model = transformers.MambaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self.dtype = dtype
+
+    @torch.inference_mode()
+    def run(self, prompts: list[list[int]], tokens: int) -> Run:
+        """Greedy `generate`; it asks whether to stop after each step, and that is when the clock is read."""
+        times: list[float] = []
+
+        def stop(ids: Any, scores: Any, **_: Any) -> torch.Tensor:
+            times.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        ids = torch.tensor(prompts)
+        made = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            stopping_criteria=[stop],
+        )
+        return Run(made[:, ids.shape[1] :].tolist(), _median_gap(times))
+
+
+class Ours:
+    """Fathom's engine on the checkpoint, held in one way."""
+
+    def __init__(self, loaded: LoadedModel, slots: int):
+        self.llm = LLM(loaded, slots=slots, progress=False, prefix_cache_mb=0)
+        self.bytes = weight_bytes(loaded.model)
+
+    def run(self, prompts: list[list[int]], tokens: int) -> Run:
+        """Greedy, through scheduling, sampling and emission. A step hands out a token of each sequence."""
+        engine = self.llm.engine
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        for i, prompt in enumerate(prompts):
+            engine.submit(Request(f"peers{i}", prompt, params))
+        made: dict[str, list[int]] = {f"peers{i}": [] for i in range(len(prompts))}
+        times = []
+        while engine.busy:
+            outputs = engine.step()
+            if len(outputs) == len(prompts):
+                times.append(time.perf_counter())
+            for out in outputs:
+                made[out.request_id] += out.ids
+        return Run(list(made.values()), _median_gap(times))
+
+
+def run(
+    batches: Sequence[int], tokens: int, rounds: int, threads: int, shape: dict[str, Any] | None = None
+) -> None:
+    """Both engines take turns on the same prompts, `rounds` times for each batch; a ratio is the median over the
+    rounds, so that a machine with other work does both the same wrong.
+
+    `ratio` is that of the float32 model as it is against transformers' quicker type; `int8_ratio` that with weights
+    of eight bits. Raises ServeConfigError where transformers is not installed.
+    """
+    use_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        publish(Path(folder), shape or SHAPE)
+        native = torch.cpu._is_avx512_bf16_supported()
+        types = (torch.float32, torch.bfloat16) if native else (torch.float32,)
+        theirs = [Theirs(Path(folder), dtype) for dtype in types]
+        ours = {
+            way: Ours(load(folder, way[0], "cpu", weights=way[1]), max(batches))
+            for way in WAYS
+            if native or way[0] != "bfloat16"
+        }
+        rows = [row(batch, theirs, ours, tokens, rounds) for batch in batches]
+    _show(rows, threads, min(o.bytes for o in ours.values()), max(o.bytes for o in ours.values()))
+
+
+def row(
+    batch: int, theirs: Sequence[Theirs], ours: dict[tuple[str, str], Ours], tokens: int, rounds: int
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(batch)
+    vocabulary = next(iter(ours.values())).llm.loaded.model.vocab_size
+    prompts = torch.randint(vocabulary, (batch, 8), generator=generator).tolist()
+    their_runs: list[list[Run]] = []
+    our_runs: dict[tuple[str, str], list[Run]] = {way: [] for way in ours}
+    limits: dict[tuple[str, str], list[float]] = {way: [] for way in ours}
+    for _ in range(rounds):
+        their_runs.append([engine.run(prompts, tokens) for engine in theirs])
+        for way, engine in ours.items():
+            our_runs[way].append(engine.run(prompts, tokens))
+            limits[way].append(read_seconds(engine.bytes, torch.device("cpu")))
+    best = [min(r.step for r in runs) for runs in their_runs]
+    result: dict[str, Any] = {"batch": batch}
+    exact = ("float32", "auto")
+    for way, runs in our_runs.items():
+        name = "" if way == exact else "int8_" if way[1] == "int8" else f"{way[0]}_"
+        ratio = statistics.median(b / r.step for b, r in zip(best, runs, strict=True))
+        share = statistics.median(a / r.step for a, r in zip(limits[way], runs, strict=True))
+        result[f"{name}ratio"], result[f"{name}share_of_limit"] = round(ratio, 3), round(share, 4)
+        result[f"{name}ms"] = round(1e3 * statistics.median(r.step for r in runs), 2)
+    result["transformers_ms"] = round(1e3 * statistics.median(best), 2)
+    reference = their_runs[0][0].tokens
+    result["equal_tokens"] = all(r.tokens == reference for r in our_runs[exact])
+    eight = our_runs["float32", "int8"][0].tokens
+    pairs = [(a, b) for x, y in zip(reference, eight, strict=True) for a, b in zip(x, y, strict=True)]
+    result["int8_equal_tokens"] = round(sum(a == b for a, b in pairs) / len(pairs), 3)
+    return result
+
+
+def publish(folder: Path, shape: dict[str, Any]) -> None:
+    """Random weights, written by transformers itself. Embeddings are small enough that the layers decide what comes
+    next, and not the last token alone."""
+    try:
+        import transformers
+    except ImportError:
+        raise ServeConfigError(
+            "bench peers: transformers is not installed; it comes with the extra dev"
+        ) from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(**shape, initializer_range=0.02)
+    transformers.MambaForCausalLM(config).save_pretrained(folder)
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """What a step of few rows reads: of weights that have eight bits, those."""
+    total = 0
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            total += parameter.nbytes
+        for name in ("int8", "tied_int8"):
+            held = getattr(module, name, None)
+            if held is not None:
+                total += held.weight.nbytes + held.scale.nbytes - 4 * held.weight.numel()
+    return total
+
+
+def _median_gap(times: list[float]) -> float:
+    return statistics.median(b - a for a, b in itertools.pairwise(times))
+
+
+def _show(rows: list[dict[str, Any]], threads: int, least: int, most: int) -> None:
+    report(
+        f"Mamba-130M: {most / 1e6:.0f} MB of weights, int8 {least / 1e6:.0f} MB, {threads} threads",
+        (
+            "batch",
+            "transformers ms",
+            "float32 ms",
+            "ratio",
+            "of the limit",
+            "same tokens",
+            "int8 ms",
+            "ratio",
+            "of the limit",
+        ),
+        (
+            (
+                str(r["batch"]),
+                f"{r['transformers_ms']:.1f}",
+                f"{r['ms']:.1f}",
+                f"{r['ratio']:.2f}",
+                f"{r['share_of_limit']:.1%}",
+                "yes" if r["equal_tokens"] else "NO",
+                f"{r['int8_ms']:.1f}",
+                f"{r['int8_ratio']:.2f}",
+                f"{r['int8_share_of_limit']:.1%}",
+            )
+            for r in rows
+        ),
+        {"bench": "peers", "rows": rows},
+    )

@@ -132,6 +132,25 @@ def models(target: Target, as_json: Annotated[bool, typer.Option("--json")] = Fa
 
 
 @app.command()
+def top(
+    target: Annotated[
+        str,
+        typer.Option(
+            envvar="FATHOM_HTTP_TARGET",
+            help="host:port of the HTTP service",
+            default_factory=lambda: f"localhost:{os.environ.get('FATHOM_HTTP_PORT', '8000')}",
+        ),
+    ],
+    interval: Annotated[float, typer.Option(help="seconds between two looks")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="print one frame and end")] = False,
+) -> None:
+    """Show what a server does: slots, throughput, latency and depths, by model and replica."""
+    from serving.top import scraper, show
+
+    show(scraper(target), interval, once)
+
+
+@app.command()
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="folder, zoo/NAME or Hub id")],
     memory: Annotated[str | None, typer.Option(help="for all states together, as in 500MB or 16GiB")] = None,

@@ -55,6 +55,7 @@ class Rpc:
             ("fathom.v1.Models", "List"): self._list,
             ("fathom.v1.Models", "Get"): self._get,
             ("grpc.health.v1.Health", "Check"): self._check,
+            ("grpc.health.v1.Health", "List"): self._list_health,
         }
         self._streams = {
             ("fathom.v1.Inference", "Generate"): self._generate,
@@ -154,6 +155,11 @@ class Rpc:
 
     async def _check(self, body: bytes, metadata: Metadata) -> Message:
         return self._health(convert.parse(health_pb2.HealthCheckRequest, body).service)
+
+    async def _list_health(self, body: bytes, metadata: Metadata) -> Message:
+        convert.parse(health_pb2.HealthListRequest, body)
+        names = ["", *(s.full_name for s in services())]
+        return health_pb2.HealthListResponse(statuses={name: self._health(name) for name in names})
 
     async def _watch(self, body: bytes, metadata: Metadata) -> AsyncGenerator[Message]:
         service = convert.parse(health_pb2.HealthCheckRequest, body).service

@@ -79,7 +79,7 @@ def frame(now: Stats, then: Stats) -> RenderableType:
                 old = before.replicas.get(replica) if before is not None else None
                 table.add_row(Text(f"  {replica}", style="dim"), *_cells(stats, old or stats, seconds))
     replicas = sum(len(model.replicas) for model in now.models.values())
-    heading = f"{len(now.models)} models, {replicas} replicas; the last {seconds:.3g} s; first and next token: p50 / p99"
+    heading = f"{len(now.models)} models, {replicas} replicas; the last {seconds:.3g} s; times: p50 / p99"
     return Group(Text(heading, style="dim"), table)
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernels.linear import linear
 from kernels.depth import confidence
+from kernels.linear import linear
 from models.batch import Batch
 from models.int8 import Int8
 from models.layers import Linear

@@ -154,7 +154,7 @@ class Huginn(LoopedDecoder):
     def end(self, x: Tensor, rest: Tensor) -> Tensor:
         return self.norm(x)
 
-    def intermediate_logits(
+    def intermediate(
         self, rows: Tensor, index: Tensor, batch: Batch, states: Sequence[LayerState] | None
     ) -> Tensor:
         """As the coda would give them now; its entries of these tokens are taken back."""
@@ -168,7 +168,7 @@ class Huginn(LoopedDecoder):
         for i in self.stages[self.predicts_through].layers:
             x = self.layers[i](x, probe, states[i])
             states[i]["count"][probe.slots, 0] -= 1
-        return self.logits(x)
+        return self.normed(x)
 
 
 def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:

@@ -172,12 +172,12 @@ class LoopedDecoder(Decoder):
     def normed(self, rows: Tensor) -> Tensor:
         return rows if self.loop.norm_each else self.norm(rows)
 
-    def intermediate_logits(
+    def intermediate(
         self, rows: Tensor, index: Tensor, batch: Batch, states: Sequence[LayerState] | None
     ) -> Tensor:
         rows = rows[index]
         x, rest = rows[:, : self.hidden_size], rows[:, self.hidden_size : self.hidden_size + self.rest]
-        return self.logits(self.end(x, rest))
+        return self.normed(self.end(x, rest))
 
     def _pass(
         self,

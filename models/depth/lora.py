@@ -50,15 +50,8 @@ class DepthLora(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, in] -> what is added, [T, out], all parts side by side."""
-        out, at = [], 0
-        for i, size in enumerate(self.sizes):
-            B = self.B[:, at : at + size]
-            added = depth_lora(x, self.A[:, i], B, self._depths.value) * self.scale
-            if self.bias is not None:
-                added = added + self.bias[self._depths.value, at : at + size]
-            out.append(added)
-            at += size
-        return torch.cat(out, -1)
+        added = depth_lora(x, self.A, self.B, self._depths.value, self.sizes) * self.scale
+        return added if self.bias is None else added + self.bias[self._depths.value]
 
 
 class DepthNorm(nn.Module):

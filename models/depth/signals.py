@@ -1,14 +1,15 @@
 """What tells that a token has gone deep enough.
 
-Confidence looks at the prediction that the token would make now; convergence compares it, or the hidden vector, with
-that of the pass before. (CALM arXiv 2207.07061; Huginn arXiv 2502.05171, section 6.1.)
+Confidence (kernels.depth) looks at the prediction that the token would make now; convergence compares it, or the hidden
+vector, with that of the pass before. (CALM arXiv 2207.07061; Huginn arXiv 2502.05171, section 6.1.)
 """
 
 import torch
 from torch import Tensor
 
 LATENT = frozenset({"latent_diff", "cosine"})
-ONE_PREDICTION = frozenset({"probability", "margin", "entropy"})
+ONE_PREDICTION = {"probability": 0, "margin": 1, "entropy": 2}
+"""The columns of what `Decoder.confidence` gives."""
 TWO_PREDICTIONS = frozenset({"kl", "entropy_diff", "minp_kl"})
 MIN_P = 0.1
 
@@ -19,16 +20,6 @@ def latent(name: str, before: Tensor, after: Tensor) -> Tensor:
     if name == "cosine":
         return 1 - torch.nn.functional.cosine_similarity(after, before, dim=-1)
     return (after - before).norm(dim=-1) / after.norm(dim=-1).clamp_min(1e-12)
-
-
-def confidence(name: str, logits: Tensor) -> Tensor:
-    """Logits [T, V] -> [T]: the largest probability, its lead on the second largest, or the entropy in nats."""
-    if name == "entropy":
-        return entropy(logits)
-    top = logits.softmax(-1).topk(min(2, logits.shape[-1])).values
-    if name == "probability" or top.shape[-1] == 1:
-        return top[:, 0]
-    return top[:, 0] - top[:, 1]
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -337,9 +337,10 @@ class TorchRunner:
             size = self.model.hidden_size
             return measures.latent(name, before[index, :size], after[index, :size])
         self._make_room(index, batch)
-        logits = self.model.intermediate_logits(after, index, batch, self.pool.layers)
         if name in measures.ONE_PREDICTION:
-            return measures.confidence(name, logits)
+            hidden = self.model.intermediate(after, index, batch, self.pool.layers)
+            return self.model.confidence(hidden)[:, measures.ONE_PREDICTION[name]]
+        logits = self.model.intermediate_logits(after, index, batch, self.pool.layers)
         earlier = self.model.intermediate_logits(before, index, batch, self.pool.layers)
         if name == "argmax":
             return (logits.argmax(-1) == earlier.argmax(-1)).float()

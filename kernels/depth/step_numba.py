@@ -1,0 +1,82 @@
+"""The operations of adaptive depth for CPUs: the Triton kernels' loops, in numba."""
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from kernels.fastmath import exp
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)
+def depth_lora_numba(
+    x: Floats,  # [T, in]
+    A: Floats,  # [depths, parts, r, in]
+    B: Floats,  # [depths, out, r]
+    depths: Ints,  # [T]
+    bounds: Ints,  # [parts + 1] of the parts in the outputs
+    out: Floats,  # [T, out]
+) -> None:
+    parts, r, inputs = A.shape[1], A.shape[2], A.shape[3]
+    for t in numba.prange(x.shape[0]):
+        d = depths[t]
+        x_t, out_t = x[t], out[t]
+        low = np.empty(r, np.float32)
+        for part in range(parts):
+            for i in range(r):
+                a = A[d, part, i]
+                y = np.float32(0.0)
+                for j in range(inputs):
+                    y += a[j] * x_t[j]
+                low[i] = y
+            for o in range(bounds[part], bounds[part + 1]):
+                b = B[d, o]
+                y = np.float32(0.0)
+                for i in range(r):
+                    y += b[i] * low[i]
+                out_t[o] = y
+
+
+@numba.njit(cache=True, nogil=True)
+def compact_numba(
+    keys: Ints,  # [T]
+    order: Ints,  # [T], written
+    bounds: Ints,  # [groups + 1], written
+) -> None:
+    bounds[:] = 0
+    for t in range(keys.shape[0]):
+        bounds[keys[t] + 1] += 1
+    for group in range(1, bounds.shape[0]):
+        bounds[group] += bounds[group - 1]
+    at = bounds[:-1].copy()
+    for t in range(keys.shape[0]):
+        order[at[keys[t]]] = t
+        at[keys[t]] += 1
+
+
+@numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True, nogil=True)
+def confidence_numba(
+    logits: Floats,  # [T, block], of tokens first, first + 1, ...
+    first: int,
+    stats: Floats,  # [T, 4], updated: largest logit, second, sum of exp(x - largest), sum of x exp(x - largest)
+    likeliest: Ints,  # [T], updated
+) -> None:
+    T, V = logits.shape
+    for t in numba.prange(T):
+        row = logits[t]
+        largest, second = stats[t, 0], stats[t, 1]
+        for v in range(V):
+            if row[v] > largest:
+                second, largest = largest, row[v]
+                likeliest[t] = first + v
+            elif row[v] > second:
+                second = row[v]
+        before = exp(stats[t, 0] - largest)
+        total, weighted = stats[t, 2] * before, stats[t, 3] * before
+        for v in range(V):
+            e = exp(row[v] - largest)
+            total += e
+            weighted += e * row[v]
+        stats[t, 0], stats[t, 1], stats[t, 2], stats[t, 3] = largest, second, total, weighted

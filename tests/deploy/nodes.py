@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class Node:
         own = [f"--node-ip-address={self.address}", "--object-store-memory=100000000", "--block"]
         ray = str(Path(sys.executable).with_name("ray"))
         files = self.temporary.with_name(self.namespace)
+        shutil.rmtree(files, ignore_errors=True)
         files.mkdir()
         inside = ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', str(files), str(self.temporary)]
         alone = [
@@ -138,6 +140,7 @@ class Cluster:
 
     head: Node
     workers: list[Node]
+    folder: Path  # that all nodes see
     token: str = field(repr=False)
 
     def call(self, path: str, body: Object | None = None, token: str | None = None) -> Any:
@@ -198,24 +201,41 @@ def cluster(rayservice: Object, temporary: Path, spare: int = 0) -> Iterator[Clu
     shared = temporary / "ray"
     shared.mkdir()
     nodes = [Node(number, _environment(group, token), shared) for number, group in enumerate(members)]
-    made = Cluster(nodes[0], nodes[1:], token)
+    made = Cluster(nodes[0], nodes[1:], temporary, token)
     try:
         _ip("link", "add", BRIDGE, "type", "bridge")
         _ip("addr", "add", f"{SUBNET}.254/24", "dev", BRIDGE)
         _ip("link", "set", BRIDGE, "up")
         for node in nodes:
             node.make()
-        for node, group in zip(nodes, members, strict=True):
-            node.start(made.head.address, group["rayStartParams"])
-            if node is made.head:
-                wait("the head answers", lambda: made.alive() == 1, 120)
-        wait("all nodes have joined", lambda: made.alive() == len(nodes), 120)
+        parameters = [group["rayStartParams"] for group in members]
+        for count, (node, wanted) in enumerate(zip(nodes, parameters, strict=True), 1):
+            node.start(
+                made.head.address, wanted
+            )  # one after the other: Ray gives a node 15 s for some of its start
+            here = partial(_joined, made, nodes[:count], parameters)
+            wait(f"node {count} of {len(nodes)} has joined", here)
         yield made
+    except BaseException:
+        for node in nodes:  # what Ray said: pytest shows it with the failure
+            log = shared.with_name(f"{node.namespace}.log")
+            print(node.namespace, log.read_text()[-2000:] if log.exists() else "was never started")
+        raise
     finally:
         for node in nodes:
             node.remove()
         with suppress(subprocess.CalledProcessError):
             _ip("link", "del", BRIDGE)
+
+
+def _joined(made: Cluster, nodes: list[Node], parameters: list[dict[str, str]]) -> bool:
+    """Whether all are there. Ray gives up a node that takes too long to start, as on a busy machine; KubeRay makes
+    another pod then, and so do we."""
+    for node, wanted in zip(nodes, parameters, strict=False):
+        assert node.process is not None
+        if node.process.poll() is not None:
+            node.start(made.head.address, wanted)
+    return made.alive() == len(nodes)
 
 
 def _environment(group: Object, token: str) -> dict[str, str]:

@@ -1,17 +1,24 @@
 """Replicas by slots: the policy's laws, and one round up and down on a real Ray."""
 
+import asyncio
 import math
+import socket
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protos.fathom.v1 import inference_pb2 as pb
+from protos.fathom.v1 import inference_pb2_grpc, models_pb2, models_pb2_grpc
 from serving.cluster import autoscaling
 from serving.cluster.autoscaling import RUNNING, SLOTS, WAITING, SlotLoad
-from serving.config import Autoscaling, ModelSpec, validated
+from serving.config import Autoscaling, ModelSpec, ServeConfig, validated
 from serving.errors import ServeConfigError
+from tests.tiny import checkpoint
 
 LOADS = st.lists(st.tuples(st.integers(0, 64), st.integers(0, 200)), min_size=1, max_size=8)
 
@@ -92,3 +99,52 @@ def test_a_model_asks_ray_for_a_number_or_for_bounds() -> None:
     assert config({"replicas": 3}).autoscaling_config is None
     scaled = config({"autoscaling": {"min_replicas": 2, "max_replicas": 5}}).autoscaling_config
     assert (scaled.min_replicas, scaled.max_replicas) == (2, 5)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_replicas_come_with_the_load_and_go_with_it(tmp_path: Path) -> None:
+    from serving.cluster.local import running
+
+    quick = {"look_back_s": 1, "upscale_delay_s": 0.5, "downscale_delay_s": 1}
+    scaling = {"min_replicas": 1, "max_replicas": 2, "target_load": 0.75, **quick}
+    model = {"path": str(checkpoint(tmp_path / "tiny")), "slots": 4, "cpus": 0.1, "autoscaling": scaling}
+    config = ServeConfig.parse(
+        {"models": [model], "grpc_port": free_port(), "http_port": free_port()}, "test"
+    )
+    with running(config):
+        asyncio.run(_more_and_less(f"127.0.0.1:{config.grpc_port}"))
+
+
+async def _more_and_less(address: str) -> None:
+    sampling = pb.SamplingParams(max_tokens=1_000_000, ignore_eos=True)
+    request = pb.GenerateRequest(text="def f(x):", sampling=sampling)
+
+    async def reads() -> None:
+        async for _ in inference_pb2_grpc.InferenceStub(channel).Generate(request):
+            pass
+
+    async def replicas(wanted: int) -> None:
+        while True:
+            listed = await models_pb2_grpc.ModelsStub(channel).List(models_pb2.ListModelsRequest())
+            if [m.replicas for m in listed.models] == [wanted]:
+                return
+            await asyncio.sleep(0.2)
+
+    async with grpc.aio.insecure_channel(address) as channel:
+        await replicas(1)
+        staying = [asyncio.create_task(reads()) for _ in range(2)]
+        going = [asyncio.create_task(reads()) for _ in range(2)]  # 4 of 4 slots: more than 3/4
+        await replicas(2)
+        for task in going:
+            task.cancel()
+        await replicas(1)
+        assert not any(task.done() for task in staying)  # the replica that went has handed its sequences over
+        for task in staying:
+            task.cancel()

@@ -2,7 +2,6 @@
 upgraded under load, and loses nodes under load, both with and without notice."""
 
 import asyncio
-import copy
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -18,7 +17,7 @@ import yaml
 from protos.fathom.v1 import inference_pb2 as pb
 from protos.fathom.v1 import inference_pb2_grpc, models_pb2, models_pb2_grpc
 from serving.gateway.keys import digest, new_secret
-from tests.deploy.manifests import DEPLOY, only, rendered, serve_config
+from tests.deploy.manifests import DEPLOY, Object, only, rendered, serve_config
 from tests.deploy.nodes import Cluster, Node, cluster, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
@@ -27,38 +26,26 @@ PROMPTS = ["def read_json(path):", "class Stack:", "import os\n", "for i in rang
 TOKENS = 200
 
 
-@dataclass
-class Keys:
-    """An API key, and the overlay's configuration with the paths where a pod has its volumes moved to a folder."""
-
-    secret: str = field(default_factory=new_secret, repr=False)
-    config: dict[str, Any] = field(default_factory=lambda: serve_config("cpu"), repr=False)
-
-    def write(self, folder: Path) -> None:
-        spec = self.config["applications"][0]["args"]["spec"]
-        entry = {"name": "tester", "sha256": digest(self.secret)}
-        (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": [entry]}))
-        spec["keys_file"], spec["state_store"] = str(folder / "keys.yaml"), str(folder / "state")
-
-    @property
-    def metadata(self) -> tuple[tuple[str, str]]:
-        return (("authorization", f"Bearer {self.secret}"),)
-
-
-KEYS = Keys()
+KEY = new_secret()
+METADATA = (("authorization", f"Bearer {KEY}"),)
 
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head, the two workers of the overlay, and one that has room for what a lost one carried."""
     service = only(rendered("cpu"), "RayService")
-    folder = tmp_path_factory.mktemp("cluster")
-    KEYS.write(folder)
-    with cluster(service, folder, spare=1) as made:
-        made.deploy(KEYS.config)
-        wait("all applications run", made.running)
-        wait("the gateways know the replicas", lambda: all(_ready(n) for n in made.workers))
+    with cluster(service, tmp_path_factory.mktemp("cluster"), spare=1) as made:
+        entry = {"name": "tester", "sha256": digest(KEY)}
+        (made.folder / "keys.yaml").write_text(yaml.safe_dump({"keys": [entry]}))
         yield made
+
+
+def configuration(overlay: str, folder: Path) -> Object:
+    """The overlay's, but for the paths where a pod has its volumes."""
+    config = serve_config(overlay)
+    spec = config["applications"][0]["args"]["spec"]
+    spec["keys_file"], spec["state_store"] = str(folder / "keys.yaml"), str(folder / "state")
+    return config
 
 
 def _ready(node: Node) -> bool:
@@ -70,15 +57,15 @@ def engines(made: Cluster) -> list[dict[str, Any]]:
     return made.applications()["fathom-gla"]["deployments"]["engine"]["replicas"]
 
 
-def ask(number: int) -> pb.GenerateRequest:
+def ask(number: int, model: str) -> pb.GenerateRequest:
     """Greedy, so that what comes is known."""
     sampling = pb.SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True)
-    return pb.GenerateRequest(model="gla", text=PROMPTS[number % len(PROMPTS)], sampling=sampling)
+    return pb.GenerateRequest(model=model, text=PROMPTS[number % len(PROMPTS)], sampling=sampling)
 
 
-async def generate(channel: grpc.aio.Channel, number: int) -> list[int]:
+async def generate(channel: grpc.aio.Channel, number: int, model: str = "gla") -> list[int]:
     stream = inference_pb2_grpc.InferenceStub(channel).Generate(
-        ask(number), timeout=120, metadata=KEYS.metadata
+        ask(number, model), timeout=120, metadata=METADATA
     )
     return [token async for message in stream for token in message.token_ids]
 
@@ -140,19 +127,26 @@ async def later(what: str, condition: Any) -> None:
     await asyncio.to_thread(wait, what, condition)
 
 
-async def test_the_embedded_configuration_serves(nodes: Cluster) -> None:
+@pytest.mark.parametrize("overlay", ["multi-model", "cpu"])  # what follows goes on with the last
+async def test_the_embedded_configuration_serves(nodes: Cluster, overlay: str) -> None:
+    await asyncio.to_thread(nodes.deploy, configuration(overlay, nodes.folder))
+    await later("all applications run", nodes.running)
+    await later("the gateways know the replicas", lambda: all(_ready(n) for n in nodes.workers))
+    models = [a["args"] for a in serve_config(overlay)["applications"][1:]]
+    minima = {m.get("name", "gla"): m["autoscaling"]["min_replicas"] for m in models}
     for node in nodes.workers:
         async with grpc.aio.insecure_channel(f"{node.address}:9000") as channel:
-            assert len(await generate(channel, 0)) == TOKENS
             listed = await models_pb2_grpc.ModelsStub(channel).List(
-                models_pb2.ListModelsRequest(), metadata=KEYS.metadata
+                models_pb2.ListModelsRequest(), metadata=METADATA
             )
-            assert [(m.name, m.replicas) for m in listed.models] == [("gla", 2)]
+            assert {m.name: m.replicas for m in listed.models} == minima
+            for model in minima:
+                assert len(await generate(channel, 0, model)) == TOKENS
     # What Prometheus scrapes: the head's proxy, which knows every gateway.
     with urllib.request.urlopen(f"http://{nodes.head.address}:8000/metrics", timeout=10) as answer:
         text = answer.read().decode()
     slots = [line for line in text.splitlines() if line.startswith("fathom:slots{")]
-    assert len(slots) == 2
+    assert len(slots) == sum(minima.values())
 
 
 async def test_nobody_is_served_without_a_key(nodes: Cluster) -> None:
@@ -178,7 +172,7 @@ def test_nobody_deploys_without_the_clusters_token(nodes: Cluster, token: str) -
 
 
 async def test_an_upgrade_in_place_fails_no_stream(nodes: Cluster) -> None:
-    config = copy.deepcopy(KEYS.config)
+    config = configuration("cpu", nodes.folder)
     config["applications"][1]["args"]["prefill_tokens"] = 128
     before = {replica["replica_id"] for replica in engines(nodes)}
 

@@ -263,6 +263,8 @@ class Scheduler:
         full = self.paths[sequence.path].full_depth
         highest = full if request.policy.max_depth is None else request.policy.max_depth
         rows.ceiling[slot] = int(np.clip(affordable, max(1, request.policy.min_depth or 1), highest))
+        short = rows.ceiling[slot] < highest
+        rows.capped[slot] = ExitReason.OUT_OF_TIME if short else ExitReason.FIXED_DEPTH
 
     def pass_on(self, sequence: Sequence) -> None:
         """If the sequence is prefilling on behalf of siblings, let one of them take its slots and go on."""
@@ -319,7 +321,7 @@ class Scheduler:
         rows.ceiling[slot] = policy.depth or (MANY if policy.max_depth is None else policy.max_depth)
         rows.full[slot] = full
         rows.shed[slot] = next((d for d in (policy.min_depth, self._min_depth) if d is not None), full)
-        rows.early[slot] = policy.reason
+        rows.early[slot], rows.capped[slot] = policy.reason, ExitReason.FIXED_DEPTH
 
     def _cut_chunks(self) -> None:
         """Send the next prompt tokens on their way, first come first served, as many as there may be at a time."""

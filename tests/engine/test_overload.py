@@ -1,0 +1,132 @@
+"""Depth is shed before requests are, in virtual time: the governor under three times the capacity, and requests that
+are as deep as their deadline allows."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from serving.engine.core import Request
+from serving.engine.depth import DepthPolicy, ExitReason
+from serving.engine.news import FinishReason, Output
+from serving.engine.params import SamplingParams
+from serving.errors import OverloadedError
+from tests.engine.fake import FakeRunner, assert_no_leak, looped, make_engine, reference
+
+DEPTHS, SLOTS, TOKENS = 6, 8, 6
+PATH = looped(DEPTHS)
+TIMEOUT_S, WAIT_S = 4.0, 0.5
+
+
+def cost(stage: int, tokens: int) -> float:
+    """Seconds: the core is what costs."""
+    return {0: 0.002, 1: 0.02, 2: 0.002}[stage] * (0.25 + 0.75 * tokens / SLOTS)
+
+
+FULL_CAPACITY = SLOTS / (TOKENS * sum(cost(node.stage, SLOTS) for node in PATH.nodes))
+"""Requests a second, every token to the full depth and every batch full."""
+
+
+@dataclass
+class Day:
+    """What came of a stream of requests."""
+
+    waits: list[float] = field(default_factory=list)  # to the first token, of those that got one
+    failed: int = 0
+    outputs: dict[str, Output] = field(default_factory=dict)
+
+
+def live_through(load: float, *, governed: bool, floor: int | None, count: int = 150) -> Day:
+    """`load` times the capacity, evenly spaced. Each request has a timeout, and the queue a bound."""
+    runner = FakeRunner(PATH, cost=cost)
+    options = {"shed_wait_s": WAIT_S if governed else None, "min_depth": floor, "max_waiting": 4 * SLOTS}
+    engine = make_engine(runner, SLOTS, **options)
+    arrivals = [i / (load * FULL_CAPACITY) for i in range(count)]
+    day, requests, pending = Day(), [], list(enumerate(arrivals))
+    while pending or engine.busy:
+        if not engine.busy:
+            runner.clock.now = max(runner.clock.now, pending[0][1])
+        while pending and pending[0][1] <= runner.clock.now:
+            i, arrived = pending.pop(0)
+            params = SamplingParams(max_tokens=TOKENS, depth="full")
+            request = Request(str(i), [i % 997, 3], params, deadline=arrived + TIMEOUT_S)
+            try:
+                engine.submit(request)
+                requests.append(request)
+            except OverloadedError:
+                day.failed += 1
+        for out in engine.step():
+            day.outputs.setdefault(out.request_id, Output(out.request_id, 0)).extend(out)
+    day.waits = [r.first_token - arrivals[int(r.id)] for r in requests if r.first_token is not None]
+    day.failed += sum(out.finish_reason is not FinishReason.LENGTH for out in day.outputs.values())
+    assert_no_leak(engine)
+    return day
+
+
+def test_three_times_the_capacity_costs_depth_and_not_requests() -> None:
+    governed = live_through(3.0, governed=True, floor=1)
+    alone = live_through(3.0, governed=False, floor=1)
+    assert governed.failed < 0.05 * 150 < alone.failed, (governed.failed, alone.failed)
+    assert max(governed.waits) < 3 * WAIT_S < np.median(alone.waits)
+    reasons = {reason for out in governed.outputs.values() for reason in out.exit_reasons}
+    assert reasons == {ExitReason.FULL_DEPTH, ExitReason.GOVERNED}
+    assert {reason for out in alone.outputs.values() for reason in out.exit_reasons} == {
+        ExitReason.FULL_DEPTH
+    }
+
+
+def test_with_floors_at_the_full_depth_nothing_changes_but_the_queue() -> None:
+    governed = live_through(3.0, governed=True, floor=DEPTHS)
+    alone = live_through(3.0, governed=False, floor=DEPTHS)
+    assert governed.waits == alone.waits and governed.failed == alone.failed
+    assert governed.outputs == alone.outputs
+    for out in governed.outputs.values():
+        ids, depths = reference(PATH, [int(out.request_id) % 997, 3], len(out.ids))
+        assert (out.ids, out.depths) == (ids, depths)
+
+
+def test_below_the_capacity_nothing_is_shed() -> None:
+    day = live_through(0.7, governed=True, floor=1, count=60)
+    assert day.failed == 0
+    assert {depth for out in day.outputs.values() for depth in out.depths} == {DEPTHS}
+
+
+def test_what_was_shed_is_given_back() -> None:
+    """After a burst, tokens reach the full depth again."""
+    runner = FakeRunner(PATH, cost=cost)
+    engine = make_engine(runner, SLOTS, shed_wait_s=WAIT_S, min_depth=1)
+    for i in range(20 * SLOTS):
+        engine.submit(Request(str(i), [i % 997], SamplingParams(max_tokens=TOKENS)))
+    engine.submit(Request("long", [5], SamplingParams(max_tokens=900), priority=1))
+    depths: list[int] = []
+    while engine.busy:
+        depths += [d for out in engine.step() if out.request_id == "long" for d in out.depths]
+    assert min(depths) == 1 and set(depths[-100:]) == {DEPTHS}
+
+
+@pytest.mark.parametrize(("timeout", "shallowest"), [(100.0, DEPTHS), (1.6, 1)], ids=["generous", "tight"])
+def test_as_deep_as_the_deadline_allows(timeout: float, shallowest: int) -> None:
+    """40 tokens of 0.12 s at the full depth: with 1.6 s there is time for two passes each, at most."""
+    runner = FakeRunner(PATH, cost=lambda stage, tokens: {0: 0.001, 1: 0.02, 2: 0.001}[stage])
+    engine = make_engine(runner, 1)
+    policy = DepthPolicy.deadline()
+    engine.submit(Request("a", [5], SamplingParams(max_tokens=40, depth=policy), deadline=timeout))
+    made = Output("a", 0)
+    while engine.busy:
+        for out in engine.step():
+            made.extend(out)
+    assert made.finish_reason is FinishReason.LENGTH and runner.clock.now <= timeout
+    assert min(made.depths) == shallowest
+    late = {r for d, r in zip(made.depths, made.exit_reasons, strict=True) if d < DEPTHS}
+    assert late == (set() if shallowest == DEPTHS else {ExitReason.OUT_OF_TIME})
+
+
+def test_a_deadline_does_not_go_below_the_floor() -> None:
+    runner = FakeRunner(PATH)
+    engine = make_engine(runner, 1)
+    policy = DepthPolicy.deadline(min_depth=2)
+    engine.submit(Request("a", [5], SamplingParams(max_tokens=40, depth=policy), deadline=60.0))
+    depths: list[int] = []
+    while engine.busy:
+        depths += [d for out in engine.step() for d in out.depths]
+    assert min(depths) == 2 and len(depths) < 40, "the floor holds, and the deadline ends it"

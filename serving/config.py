@@ -85,6 +85,21 @@ class ModelSpec(Strict):
         return self
 
 
+class TracingSpec(Strict):
+    """OpenTelemetry's traces."""
+
+    endpoint: str = Field(pattern=r"^https?://")  # of a collector that takes OTLP over gRPC
+    sample: float = Field(1.0, ge=0, le=1)  # share of the requests, where their callers have not decided
+    service_name: str = "fathom"
+
+
+class LogSpec(Strict):
+    """Structured logs of the gateways: one JSON object on a line."""
+
+    file: str | None = None  # that may be rotated meanwhile; standard error where not given
+    level: Literal["debug", "info", "warning", "error"] = "info"  # each request is told at "info"
+
+
 class GatewaySpec(Strict):
     """The front door: translates between the wire and the engines."""
 
@@ -102,6 +117,8 @@ class GatewaySpec(Strict):
     session_ttl_s: float = Field(86400, gt=0)  # without use, by default
     max_sessions: int = Field(1000, ge=0)  # sessions and snapshots of one key
     resume_timeout_s: float = Field(30, ge=0)  # that a lost request waits for another replica
+    tracing: TracingSpec | None = None
+    logs: LogSpec | None = None
 
 
 class ServeConfig(Strict):

@@ -89,12 +89,15 @@ class GatewayDeployment:
         from serving.gateway.metrics import GatewayMetrics
         from serving.gateway.requests import Requests
         from serving.gateway.rpc import Rpc
+        from serving.observers import Observers
 
         self._fleet = Fleet(args.models)
         watch = directory().watch
         self._fleet.watch(lambda version, timeout_s: watch.remote(version, timeout_s))
         self._metrics = GatewayMetrics(serve.get_replica_context().replica_id.unique_id)
-        self._requests, self._spec = Requests(self._fleet, args.spec), args.spec
+        self._spec = args.spec
+        self._observers = Observers(args.spec)
+        self._requests = Requests(self._fleet, args.spec, self._observers.listeners)
         self.rpc = Rpc(self._requests, self._fleet, args.spec, self._metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -104,6 +107,7 @@ class GatewayDeployment:
 
     async def __del__(self) -> None:
         await self._fleet.close()
+        await asyncio.to_thread(self._observers.close)
 
 
 def _answer(service: str, method: MethodDescriptor) -> Callable[..., Any]:

@@ -77,7 +77,8 @@ class Record:
     method: str  # generate, score, embed
     request_id: str
     model: str
-    started: int = field(default_factory=time.time_ns)
+    started: int = field(default_factory=time.time_ns)  # nanoseconds since 1970, like `sent`
+    sent: int = 0  # to a replica
     traceparent: str = ""
     prompt_tokens: int = 0
     replica: str = ""
@@ -285,6 +286,7 @@ class Requests:
             patience_s=self._spec.resume_timeout_s,
         )
         journey.start(self.fleet.pick(model))
+        record.sent = time.time_ns()
         self._open += 1
         try:
             yield journey

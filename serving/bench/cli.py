@@ -44,11 +44,27 @@ def peers(
     tokens: Annotated[int, typer.Option(min=4, help="of each sequence")] = 32,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     threads: Threads = None,
+    processor_time: Annotated[bool, typer.Option(help="of one thread, for a machine that is busy")] = False,
 ) -> None:
     """Against transformers' generate, on a checkpoint of Mamba-130M's shape with random weights."""
     from serving.bench import peers as bench
 
-    bench.run(batch, tokens, rounds, threads or os.cpu_count() or 1)
+    bench.run(batch, tokens, rounds, threads or os.cpu_count() or 1, processor_time=processor_time)
+
+
+@app.command()
+def snapshots(
+    model: Model = "zoo/gla",
+    batch: Annotated[int, typer.Option(min=1)] = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="of each sequence")] = 512,
+    every: Annotated[int, typer.Option(min=1, help="tokens between two snapshots")] = 256,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    threads: Threads = None,
+) -> None:
+    """What the snapshots cost from which a stream goes on after the loss of its replica."""
+    from serving.bench import snapshots as bench
+
+    bench.run(model, batch, tokens, every, rounds, threads or os.cpu_count())
 
 
 @app.command()

@@ -11,18 +11,23 @@ from rich.console import Console
 from rich.table import Table
 
 
-def seconds(work: Callable[[], object], least: float = 0.5, runs: int = 5) -> float:
+def seconds(
+    work: Callable[[], object],
+    least: float = 0.5,
+    runs: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Median time of one call, after a warm-up; at least `runs` calls and `least` seconds of them."""
     work()
     times: list[float] = []
     while len(times) < runs or sum(times) < least:
-        start = time.perf_counter()
+        start = clock()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return statistics.median(times)
 
 
-def read_seconds(nbytes: int, device: torch.device) -> float:
+def read_seconds(nbytes: int, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     """Time to read so many bytes once, by all threads, from wherever the device keeps a buffer of that size."""
     buffer = torch.ones(max(1, nbytes // 4), device=device)
 
@@ -31,7 +36,7 @@ def read_seconds(nbytes: int, device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    return seconds(read)
+    return seconds(read, clock=clock)
 
 
 def report(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], result: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup serve test test-slow check bench zoo protos clean
+.PHONY: setup serve test test-slow chaos soak fuzz check bench zoo protos clean
 .DEFAULT_GOAL := serve
 
 setup: $(STAMP)
@@ -20,6 +20,15 @@ test: setup
 
 test-slow: setup
 	$(BIN)/pytest -m slow $(ARGS)
+
+chaos: setup
+	$(BIN)/python -m tests.chaos $(ARGS)
+
+soak: setup
+	$(BIN)/python -m tests.soak $(ARGS)
+
+fuzz: setup
+	$(BIN)/python -m tests.gateway.test_fuzz 100000 $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ class Memory:
 
     def __init__(self, runner: Runner, budget: int, snapshot_tokens: int = 0):
         """`budget` in bytes; 0 keeps nothing. A snapshot is due every `snapshot_tokens` tokens; 0: never."""
-        self._every = snapshot_tokens
+        self.snapshot_tokens = snapshot_tokens
         self._grows = runner.token_capacity is not None
         self.cache = PrefixCache(budget, grows=runner.token_capacity is not None)
         self._runner = runner
@@ -80,8 +80,8 @@ class Memory:
         """A snapshot of a sequence whose last token has not been fed yet, if it is time for one."""
         length = len(sequence.request.prompt) + len(sequence.tokens)
         # Of a state that grows all is written each time: it has to have doubled.
-        wait = max(self._every, sequence.snapshot_at if self._grows else 0)
-        if always or (self._every and length - sequence.snapshot_at >= wait):
+        wait = max(self.snapshot_tokens, sequence.snapshot_at if self._grows else 0)
+        if always or (self.snapshot_tokens and length - sequence.snapshot_at >= wait):
             return self._snapshot(sequence)
         return None
 

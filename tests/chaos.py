@@ -1,0 +1,204 @@
+"""`make chaos`: a real server under load, its parts killed one after another. No stream may fail or differ by a token
+from a quiet run. Prints a table, and one line of JSON; exits with 1 where a stream failed or differed.
+
+    python -m tests.chaos [--streams 64] [--tokens 256] [--faults replica,replica,drain,gateway]
+"""
+
+import json
+import os
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from protos.fathom.v1 import inference_pb2 as pb
+from serving import client
+from serving.config import ServeConfig
+
+MODEL = "gla"
+WINDOW_S = 10.0  # after a fault, in which a pause counts as its own
+
+
+@dataclass
+class Stream:
+    """One request: what it said, and when."""
+
+    ids: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    error: str = ""
+
+    def pause(self, since: float) -> float:
+        """The longest gap, in seconds, that a fault at `since` may have caused."""
+        gaps = pairwise(self.times)
+        return max((b - a for a, b in gaps if b >= since and a <= since + WINDOW_S), default=0.0)
+
+
+class Load:
+    """Streams that run at a time, each in a thread of its own, as a user's program would."""
+
+    def __init__(self, target: str, streams: int, tokens: int):
+        self._target = target
+        self._tokens = tokens
+        self.streams = [Stream() for _ in range(streams)]
+        self._threads = [threading.Thread(target=self._run, args=(i,)) for i in range(streams)]
+
+    def start(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def progress(self) -> float:
+        """Share of all tokens that have come."""
+        return sum(len(s.ids) for s in self.streams) / (len(self.streams) * self._tokens)
+
+    def finish(self) -> list[Stream]:
+        for thread in self._threads:
+            thread.join()
+        return self.streams
+
+    def _run(self, index: int) -> None:
+        stream = self.streams[index]
+        sampling = pb.SamplingParams(
+            max_tokens=self._tokens, temperature=0.8 if index % 2 else 0.0, seed=index, ignore_eos=True
+        )
+        request = pb.GenerateRequest(
+            model=MODEL, text=f"def function_{index}(", sampling=sampling, timeout_s=300
+        )
+        try:
+            with grpc.insecure_channel(self._target) as channel:
+                for message in client.generate(channel, request):
+                    stream.ids += message.token_ids
+                    stream.times.append(time.monotonic())
+        except Exception as error:
+            stream.error = str(error).splitlines()[0]
+
+
+def processes(part: str) -> list[int]:
+    """Ids of this server's processes of a deployment: only those that this process has started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and part in (entry / "cmdline").read_text() and _ours(int(entry.name)):
+                found.append(int(entry.name))
+        except OSError:  # it has just ended
+            continue
+    return sorted(found)
+
+
+def _ours(pid: int) -> bool:
+    while pid > 1:
+        if pid == os.getpid():
+            return True
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        pid = int(stat.rpartition(")")[2].split()[1])
+    return False
+
+
+def replicas_ready(target: str) -> int:
+    with grpc.insecure_channel(target) as channel:
+        return sum(model.replicas for model in client.models(channel))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            raise TimeoutError("the server has not become whole again in time")
+        time.sleep(0.1)
+
+
+def kill(part: str) -> None:
+    os.kill(processes(part)[0], signal.SIGKILL)
+
+
+def drain(config: ServeConfig, round_: int) -> None:
+    """An upgrade: every replica is replaced, the new one first."""
+    from ray import serve as ray_serve
+
+    from serving.cluster import app
+
+    spec = config.models[0].model_copy(update={"max_waiting": 2000 + round_})
+    ray_serve.run(app.model(spec.model_dump()), name=f"fathom-{MODEL}", route_prefix=None)
+
+
+def main(
+    streams: Annotated[int, typer.Option(min=1)] = 64,
+    tokens: Annotated[int, typer.Option(min=8)] = 256,
+    faults: Annotated[str, typer.Option(help="replica, drain, gateway")] = "replica,replica,drain,gateway",
+    grpc_port: int = 9310,
+    http_port: int = 8310,
+    threads: int = 1,
+) -> None:
+    from serving.cluster.local import running
+
+    target = f"localhost:{grpc_port}"
+    config = ServeConfig.parse(
+        {
+            "models": [
+                {"path": f"zoo/{MODEL}", "replicas": 2, "slots": streams, "threads": threads, "cpus": 0.1}
+            ],
+            "gateway": {"replicas": 2, "cpus": 0.1, "state_store": "memory://chaos"},
+            "grpc_port": grpc_port,
+            "http_port": http_port,
+        },
+        "chaos",
+    )
+    rows = []
+    with running(config):
+        quiet = Load(target, streams, tokens).start().finish()
+        calm = [max((b - a for a, b in pairwise(s.times)), default=0.0) for s in quiet]
+        rows.append(_row("none", quiet, quiet, calm))
+        for round_, fault in enumerate(faults.split(",")):
+            wait_for(lambda: replicas_ready(target) == 2, 180)
+            load = Load(target, streams, tokens).start()
+            wait_for(lambda load=load: load.progress() > 0.2, 120)  # type: ignore[misc]
+            since = time.monotonic()
+            if fault == "drain":
+                drain(config, round_)
+            else:
+                kill(
+                    "ServeReplica:fathom:gateway"
+                    if fault == "gateway"
+                    else f"ServeReplica:fathom-{MODEL}:engine"
+                )
+            ended = load.finish()
+            rows.append(_row(fault, quiet, ended, [s.pause(since) for s in ended]))
+    _print(rows)
+    if any(row["failed"] or row["different"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _row(fault: str, quiet: list[Stream], ended: list[Stream], pauses: list[float]) -> dict[str, object]:
+    errors = sorted({s.error for s in ended if s.error})
+    for error in errors:
+        typer.echo(f"{fault}: {error}", err=True)
+    return {
+        "fault": fault,
+        "streams": len(ended),
+        "failed": sum(bool(s.error) for s in ended),
+        "different": sum(not s.error and s.ids != q.ids for s, q in zip(ended, quiet, strict=True)),
+        "longest_gap_ms_p50": round(1000 * statistics.median(pauses)),
+        "longest_gap_ms_max": round(1000 * max(pauses)),
+    }
+
+
+def _print(rows: list[dict[str, object]]) -> None:
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console().print(table)
+    print(json.dumps({"chaos": rows}))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -25,7 +25,7 @@ def run(model: str, batch: int, tokens: int, every: int, rounds: int, threads: i
     without, with_ = (min(taken[period][1:]) for period in (0, every))  # the first round warms up
     cost = with_ / without - 1
     report(
-        f"{model}: {batch} sequences of {tokens} tokens, {description.state_bytes_per_sequence / 1e3:.0f} kB of state each, "
+        f"{model}: {batch} sequences of {tokens} tokens, {description.state_bytes_per_sequence / 1e3:.0f} kB of state, "
         f"a snapshot every {every} tokens",
         ("", "tokens/s"),
         [("without", f"{batch * tokens / without:,.0f}"), ("with", f"{batch * tokens / with_:,.0f}")],

@@ -1,6 +1,7 @@
 """Streams outlive the replica that they began on: the same tokens as if nothing had happened."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from serving import LLM, SamplingParams
 from serving.config import GatewaySpec
 from serving.engine.core import Tick
 from serving.errors import InvalidArgumentError, UnavailableError
+from serving.gateway.replicas import SILENCE_S
 from serving.gateway.requests import Ask
 from tests import tiny
 from tests.gateway.harness import House, house
@@ -140,3 +142,16 @@ async def test_a_client_takes_a_broken_stream_up_again(folder: Path) -> None:
         with pytest.raises(InvalidArgumentError, match="resumed_token_ids"):
             async for _ in h.requests.generate(replace(ask, resumed=ids)):
                 pass
+
+
+async def test_a_gateway_that_was_held_up_does_not_believe_in_silence(folder: Path) -> None:
+    async with house(folder) as h:
+        quiet = await all_streams(h, None)
+        replica = h.fleet.replicas()[0]
+
+        async def held_up(_: House) -> None:
+            time.sleep(2 * SILENCE_S)
+
+        assert await all_streams(h, held_up) == quiet
+        assert h.fleet.replicas() == [replica]
+        await h.idle()

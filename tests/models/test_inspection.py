@@ -111,8 +111,9 @@ def test_growing_state_counts(tmp_path: Path) -> None:
     report = inspect(tmp_path, 1_000_000)
     assert report.state_bytes_per_token == 2 * 12 * 4
     assert report.tokens_per_sequence == 100
-    each = 100 * 2 * 12 * 4 + report.state_bytes_per_sequence  # type: ignore[operator]
-    assert report.slots == 1_000_000 // each - 1
+    page, pages = 16 * 2 * 12 * 4, 7  # 100 entries
+    constant = report.state_bytes_per_sequence + 8 * pages  # type: ignore[operator] # its state and its table
+    assert report.slots == (1_000_000 - page - constant) // (constant + pages * page)
 
 
 def test_sizes() -> None:

@@ -154,7 +154,7 @@ class Cluster:
                 "Authorization": f"Bearer {self.token if token is None else token}",
             },
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             text = answer.read()
         return json.loads(text) if text.strip() else None
 

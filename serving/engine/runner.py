@@ -18,6 +18,7 @@ from models.paths import NOWHERE, Path
 from models.state import Snapshot, StatePool
 from serving.engine.core import Chunk, Floats, Ints, Result, Sampled, Sequence, Tick
 from serving.engine.depth import ABOUT_PREDICTIONS, CONVERGENCE, DepthPolicy
+from serving.engine.graphs import HostCopy, StageGraphs
 from serving.engine.paths import PathTable
 from serving.engine.prefix import Saved
 from serving.engine.rows import Rows
@@ -74,6 +75,7 @@ class TorchRunner:
             longest=max_tokens,
             dtype=model.dtype,
         )
+        self._graphs = StageGraphs(model, self.pool.layers)
         self.sampler = Sampler(slots, model.vocab_size)
         # Entries that each stage has appended, by slot and depth: the counts in the arena, without asking a GPU.
         deepest = max(node.depth for node in model.path().nodes) + 1
@@ -193,13 +195,20 @@ class TorchRunner:
         batch = self._batch(tick, rows, paths)
         self._grow(tick.stage, batch)
         before = self._enter(tick, rows)
-        after = self.model.run(tick.stage, before, batch, self.pool.layers)
+        after = self._pass(tick.stage, before, batch)
         if tick.final:
             return Result(sampled=self._head(tick, rows, after))
+        signals = {}
+        if tick.wanted:
+            signals = self._signals(tick, self._first_exit(tick, rows, paths), before, after, batch)
         self._park(tick, after)
-        if not tick.wanted:
-            return Result()
-        return Result(self._signals(tick, self._first_exit(tick, rows, paths), before, after, batch))
+        return Result({name: copy.wait().numpy() for name, copy in signals.items()})
+
+    def _pass(self, stage: int, rows: Tensor, batch: Batch) -> Tensor:
+        """Rows through a stage."""
+        if self._graphs.can_use(stage, batch):
+            return self._graphs.run(stage, rows, batch)
+        return self.model.run(stage, rows, batch, self.pool.layers)
 
     @torch.inference_mode()
     def skip(self, tick: Tick, skipped: list[tuple[int, Ints, Ints]], rows: Rows) -> None:
@@ -308,7 +317,7 @@ class TorchRunner:
 
     def _signals(
         self, tick: Tick, first_exit: npt.NDArray[np.bool_], before: Tensor, after: Tensor, batch: Batch
-    ) -> dict[str, Floats]:
+    ) -> dict[str, HostCopy]:
         """The wanted signals, each for the tokens that want it."""
         at = self._places(tick)  # of the tick's tokens in the batch, which may have ghosts among them
         signals = {}
@@ -320,7 +329,7 @@ class TorchRunner:
                 value = self._measure(name, before, after, index, batch)
                 if name in CONVERGENCE:
                     value = value.masked_fill(self._tensor(first_exit[wanting]), float("nan"))
-            signals[name] = value.cpu().numpy()
+            signals[name] = HostCopy(value)
         return signals
 
     def _places(self, tick: Tick) -> Ints:

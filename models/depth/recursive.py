@@ -1,4 +1,4 @@
-"""Recursive models over any family, in a format of our own (docs/formats.md): a configuration of that family with the
+"""Recursive models over any family, in a format of our own (docs/depth.md): a configuration of that family with the
 unique layers, and how they are looped.
 
     {"model_type": "recursive", "base": {"model_type": "gla", "num_hidden_layers": 4, ...},

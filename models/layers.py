@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.linear import linear
+from kernels.norm import few, rms_norm_step
+from kernels.pool import Floats
 from models.int8 import Int8
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -49,8 +51,16 @@ class RMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size)) if bias else None
         self.size = (size,)
         self.eps = eps
+        self._array: Floats | None = None  # the weight, for decoding on a CPU
+
+    def prepare(self) -> None:
+        weight = torch.ones(self.size) if self.weight is None else self.weight.detach()
+        if weight.is_cpu and weight.dtype is torch.float32 and self.bias is None:
+            self._array = weight.numpy()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._array is not None and few(x):
+            return rms_norm_step(x, self._array, self.eps)
         y = F.rms_norm(
             x if self.weight is None else x.to(self.weight.dtype), self.size, self.weight, self.eps
         )
@@ -67,9 +77,13 @@ class OffsetRMSNorm(RMSNorm):
     def prepare(self) -> None:
         assert self.weight is not None
         self._scale = 1 + self.weight.float()
+        if self.weight.is_cpu:
+            self._array = self._scale.numpy()
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
+        if self._array is not None and few(x):
+            return rms_norm_step(x, self._array, self.eps)
         scale = 1 + self.weight.float() if self._scale is None else self._scale
         return F.rms_norm(x.float(), self.size, scale, self.eps).to(x.dtype)
 

@@ -91,9 +91,8 @@ def _sizes(report: Report, config: ModelConfig, model: Decoder, memory: float | 
     width = 4 if set(report.weights) == {"F32"} else 2
     report.state_bytes_per_sequence = layout.bytes_per_slot
     report.state_bytes_per_token = layout.bytes_per_token(width)
-    each = report.state_bytes_per_sequence
+    longest = config.max_position_embeddings or UNTRAINED_TOKENS
     if report.state_bytes_per_token:
-        report.tokens_per_sequence = config.max_position_embeddings or UNTRAINED_TOKENS
-        each += report.state_bytes_per_token * report.tokens_per_sequence
+        report.tokens_per_sequence = longest
     if memory is not None:
-        report.slots = max(0, int(memory // each) - 1)  # one slot is padding
+        report.slots = max(0, layout.slots_within(memory, longest, width))

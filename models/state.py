@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.pages import Pages
-from models.paging import PAGE
+from models.paging import PAGE, pages_for
 
 ALIGNMENT = 16  # floats: one cache line
 
@@ -102,6 +102,21 @@ class Layout:
             for layer in self.layers
         )
         return itemsize * sum(sizes)
+
+    def slots_within(self, memory: float, longest: int, itemsize: int = 4, tokens: int | None = None) -> int:
+        """Sequences whose states so many bytes hold, beside that of slot 0; negative where not even that fits.
+
+        What grows takes its share first: `tokens` entries of all sequences together, where given, and otherwise
+        `longest` of each sequence, so that none can want for memory. All in whole pages, and one page of padding.
+        """
+        page = PAGE * self.bytes_per_token(itemsize)
+        constant, pages = self.bytes_per_slot, pages_for(longest) * page
+        if not self.paged:
+            return int(memory // constant) - 1
+        table = 8 * pages_for(longest) * sum(layer.instances for layer in self.layers if layer.paged)
+        if tokens is not None:
+            return int((memory - page - pages_for(tokens) * page) // (constant + table)) - 1
+        return int((memory - page - constant - table) // (constant + table + pages))
 
     @property
     def paged(self) -> bool:

@@ -3,8 +3,6 @@
 import os
 from contextlib import suppress
 
-import torch
-
 from models.load import LoadedModel, load
 from models.paths import NOWHERE
 from serving.config import ModelSpec
@@ -32,7 +30,7 @@ def build(spec: ModelSpec, observer: Observer | None = None) -> tuple[Engine, Lo
     use_threads(spec.threads or os.cpu_count() or 1)
     loaded = load(spec.path, spec.dtype, spec.device, spec.weights)
     model = loaded.model
-    slots = _slots(spec, model.layout().bytes_per_slot, model.device)
+    slots = _slots(spec, loaded)
     engine = make_engine(
         loaded,
         slots,
@@ -100,11 +98,7 @@ def make_engine(
 ) -> Engine:
     """`max_tokens` of one sequence, `kv_tokens` of all sequences together that a model with full attention has memory
     for; by default as long as it was trained for, and `slots` times that."""
-    paged = loaded.model.layout().paged
-    if max_tokens is None:
-        max_tokens = (
-            (loaded.config.max_position_embeddings or UNTRAINED_TOKENS) if paged else CONSTANT_STATE_TOKENS
-        )
+    max_tokens = _longest(loaded, max_tokens)
     return Engine(
         TorchRunner(
             loaded.model,
@@ -135,16 +129,27 @@ def warm_up(engine: Engine) -> None:
         engine.step()
 
 
-def _slots(spec: ModelSpec, bytes_per_slot: int, device: torch.device) -> int:
+def _slots(spec: ModelSpec, loaded: LoadedModel) -> int:
+    model = loaded.model
     if spec.slots is not None:
         return spec.slots
     if spec.state_memory_mb is None:
-        return DEFAULT_SLOTS[device.type]
-    budget = spec.state_memory_mb * 1e6
-    fit = int(budget // bytes_per_slot) - 1  # slot 0 is padding
+        return DEFAULT_SLOTS[model.device.type]
+    layout, longest = model.layout(), _longest(loaded, spec.max_tokens)
+    fit = layout.slots_within(1e6 * spec.state_memory_mb, longest, model.dtype.itemsize, spec.kv_tokens)
     if fit < 1:
-        need = f"{2 * bytes_per_slot / 1e6:g}"
+        growing = f" of {longest} tokens" if layout.paged else ""
         raise ServeConfigError(
-            f"{spec.name}: state_memory_mb = {spec.state_memory_mb:g}: one sequence needs {need}"
+            f"{spec.name}: state_memory_mb = {spec.state_memory_mb:g}: not enough for one sequence{growing}, of "
+            f"{layout.bytes_per_slot:,} bytes and {layout.bytes_per_token(model.dtype.itemsize):,} a token"
         )
     return fit
+
+
+def _longest(loaded: LoadedModel, max_tokens: int | None) -> int:
+    """Tokens of one sequence."""
+    if max_tokens is not None:
+        return max_tokens
+    if not loaded.model.layout().paged:
+        return CONSTANT_STATE_TOKENS
+    return loaded.config.max_position_embeddings or UNTRAINED_TOKENS

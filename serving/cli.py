@@ -10,21 +10,12 @@ import typer
 
 from serving.bench.cli import app as bench
 from serving.errors import RequestError, ServeConfigError
+from serving.sessions.cli import app as sessions
+from serving.target import Target
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(bench, name="bench")
-
-
-def _default_target() -> str:
-    return f"localhost:{os.environ.get('FATHOM_GRPC_PORT', '9000')}"
-
-
-Target = Annotated[
-    str,
-    typer.Option(
-        envvar="FATHOM_TARGET", help="host:port of the gRPC service", default_factory=_default_target
-    ),
-]
+app.add_typer(sessions, name="sessions")
 
 
 @app.command()
@@ -67,6 +58,7 @@ def generate(
         str | None, typer.Option(help="full, fixed(2), gate(0.8), confidence(entropy, 0.5), ...")
     ] = None,
     show_depth: Annotated[bool, typer.Option(help="colour each token by its depth")] = False,
+    session: Annotated[str, typer.Option(help="continue this session (see fathom sessions)")] = "",
     as_json: Annotated[
         bool, typer.Option("--json", help="print each message as a JSON object on a line")
     ] = False,
@@ -84,7 +76,9 @@ def generate(
     sampling.stop.extend(stop or [])
     if seed is not None:
         sampling.seed = _natural("--seed", seed)
-    request = pb.GenerateRequest(model=model, text=text, sampling=sampling, timeout_s=timeout)
+    request = pb.GenerateRequest(
+        model=model, text=text, sampling=sampling, timeout_s=timeout, session_id=session
+    )
     if depth is not None:
         request.depth.CopyFrom(client.policy(DepthPolicy.parse(depth)))
     with client.connected(target) as channel:

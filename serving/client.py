@@ -1,9 +1,11 @@
 """A small gRPC client of our own service, for the command line."""
 
+import os
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,16 +25,43 @@ class ClientError(Exception):
 
 @contextmanager
 def connected(target: str) -> Iterator[grpc.Channel]:
-    """A channel to host:port. Inside, an RPC's failure is raised as ClientError."""
-    with grpc.insecure_channel(target) as channel:
+    """A channel to host:port. Inside, an RPC's failure is raised as ClientError. FATHOM_API_KEY goes with every call;
+    FATHOM_CA, a file of certificates to trust, means TLS."""
+    with _channel(target) as channel:
         try:
-            yield channel
+            yield grpc.intercept_channel(channel, _Key(os.environ.get("FATHOM_API_KEY", "")))
         except grpc.RpcError as error:
             code = error.code() if isinstance(error, grpc.Call) else None
             detail = error.details() if isinstance(error, grpc.Call) else str(error)
             if code is grpc.StatusCode.UNAVAILABLE and "connect" in str(detail).lower():
                 raise ClientError(f"no server answers at {target}: {detail}") from None
             raise ClientError(f"{code.name if code else 'error'}: {detail}") from None
+
+
+def _channel(target: str) -> grpc.Channel:
+    if "FATHOM_CA" not in os.environ:
+        return grpc.insecure_channel(target)
+    try:
+        trusted = Path(os.environ["FATHOM_CA"]).read_bytes()
+    except OSError as error:
+        raise ClientError(f"FATHOM_CA: {error}") from None
+    return grpc.secure_channel(target, grpc.ssl_channel_credentials(trusted))
+
+
+class _Key(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+    """Shows an API key, if there is one."""
+
+    def __init__(self, key: str):
+        self._shown = (("authorization", f"Bearer {key}"),) if key else ()
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        return continuation(self._with_key(details), request)
+
+    def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
+        return continuation(self._with_key(details), request)
+
+    def _with_key(self, details: Any) -> Any:
+        return details._replace(metadata=(*(details.metadata or ()), *self._shown))
 
 
 RETRY_S = 30.0

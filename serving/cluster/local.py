@@ -1,5 +1,6 @@
 """``fathom serve``: a Ray instance with everything that a serving file asks for, in the foreground."""
 
+import io
 import logging
 import os
 import signal
@@ -7,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 from serving.config import ServeConfig
 from serving.errors import ServeConfigError
@@ -74,9 +75,10 @@ def running(config: ServeConfig, stop: threading.Event | None = None) -> Iterato
         _wait(config, stop)
         yield _ready_line(config)
     finally:
-        ray_serve.shutdown()
-        if owned:
-            ray.shutdown()
+        with redirect_stderr(io.StringIO()):  # Ray reports its own parts that it has just ended
+            ray_serve.shutdown()
+            if owned:
+                ray.shutdown()
 
 
 def _application(model: str) -> str:

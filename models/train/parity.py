@@ -77,7 +77,7 @@ def accuracy(model: Decoder, first: int, last: int, seed: int = 1) -> float:
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=1)] = 1500,
+    steps: Annotated[int, typer.Option(min=1)] = 200,
     longest: Annotated[int, typer.Option(min=3, help="bits in training")] = 40,
     beyond: Annotated[int, typer.Option(help="bits in the longest test")] = 1024,
     seed: int = 0,

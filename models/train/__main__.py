@@ -44,9 +44,10 @@ def make(recipe: Recipe, texts: corpus.Corpus) -> None:
         "trained_on": f"standard library of Python {platform.python_version()}, {len(texts.training)} files",
         "training_tokens": recipe.steps * recipe.tokens,
         "held_out_bytes": texts.held_out_bytes,
-        "held_out_bits_per_byte": round(bits_per_byte(model, tokenizer, texts.held_out), 4),
         **{name: round(bits, 4) for name, bits in compressors(texts.held_out).items()},
     }
+    if not model.layout().paged:
+        card["held_out_bits_per_byte"] = round(bits_per_byte(model, tokenizer, texts.held_out), 4)
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     print(json.dumps(card, indent=2))
 

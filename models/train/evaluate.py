@@ -18,7 +18,8 @@ CHUNK = 2048
 
 @torch.inference_mode()
 def bits_per_byte(model: Decoder, tokenizer: Tokenizer, texts: tuple[str, ...]) -> float:
-    """Each text from its first byte to its last in one go, the state carried from chunk to chunk."""
+    """Of a model of constant state, at its full depth: each text from its first byte to its last in one go, the state
+    carried from chunk to chunk. For others, and other depths, see `fathom bench quality`."""
     pool = StatePool(model.layout(), 1, model.device)
     boundary = tokenizer.token_to_id(END_OF_TEXT)
     bits = 0.0
@@ -28,8 +29,8 @@ def bits_per_byte(model: Decoder, tokenizer: Tokenizer, texts: tuple[str, ...]) 
         for start in range(0, len(ids) - 1, CHUNK):
             chunk = ids[start : start + CHUNK]
             rows, batch = model.embed(chunk), _one(start, len(chunk), model.device)
-            for stage in range(len(model.stages)):
-                rows = model.run(stage, rows, batch, pool.layers)
+            for node in model.path().nodes:
+                rows = model.run(node.stage, rows, batch.at_depth(node.depth), pool.layers)
             targets = ids[start + 1 : start + 1 + len(chunk)]
             loss = torch.nn.functional.cross_entropy(
                 model.logits(rows)[: len(targets)], targets, reduction="sum"

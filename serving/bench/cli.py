@@ -68,6 +68,19 @@ def snapshots(
 
 
 @app.command()
+def quality(
+    model: Model = "zoo/looped-gla",
+    depth: Annotated[list[str], typer.Option(help="policies; may be given again")] = ["full"],  # noqa: B006
+    size: Annotated[int, typer.Option("--bytes", min=100, help="of each held-out file")] = 8000,
+    threads: Threads = None,
+) -> None:
+    """Held-out bits per byte against depth, on the corpus of the zoo."""
+    from serving.bench import quality as bench
+
+    bench.run(model, depth, size, threads or os.cpu_count())
+
+
+@app.command()
 def gateway(
     model: Model = "zoo/gla",
     requests: Annotated[int, typer.Option(min=1)] = 200,

@@ -77,7 +77,8 @@ class Mamba(Mixer):
 
     def prepare(self) -> None:
         self._A = -self.A_log.float().exp().t().contiguous()
-        if self._A.is_cpu and self.D.dtype is torch.float32:
+        relaxed = bool(self.in_proj._forward_hooks)  # a LoRA by depth adds to what the projections give
+        if self._A.is_cpu and self.D.dtype is torch.float32 and not relaxed:
             taps, bias = self.conv.arrays()
             x_proj, dt_proj = matrix(self.x_proj), matrix(self.dt_proj)
             A, skip = self._A.numpy(), as_float32(self.D.detach())

@@ -3,7 +3,7 @@
 import { lines, quantile, stack } from "./chart.js";
 
 const $ = (id) => document.getElementById(id);
-const EVERY_MS = 1000, KEPT_S = 61;
+const EVERY_MS = 1000, KEPT_S = 60;
 
 let before = new Map();   // model -> its counters when last asked
 let history = new Map();  // model -> [{at, bands, rate, p50, p95}]

@@ -9,7 +9,11 @@ from playwright.sync_api import sync_playwright
 
 from tests.gateway.test_page import CHROMIUM, FLAGS
 
-SET_RANGE = "([id, value]) => { const e = document.getElementById(id); e.value = value; e.dispatchEvent(new Event('input')) }"
+SET_RANGE = """([id, value]) => {
+  const element = document.getElementById(id);
+  element.value = value;
+  element.dispatchEvent(new Event("input"));
+}"""
 
 
 def main() -> None:

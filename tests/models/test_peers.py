@@ -17,4 +17,4 @@ def test_the_same_tokens_and_a_row_for_each_batch(capsys: pytest.CaptureFixture[
     assert [row["batch"] for row in result["rows"]] == [1, 5]
     for row in result["rows"]:
         assert row["equal_tokens"]
-        assert row["ratio"] > 0 and 0 < row["share_of_limit"]
+        assert row["ratio"] > 0 and row["share_of_limit"] > 0

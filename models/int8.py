@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kernels.linear import NONE, Matrix, linear, linear_step, quantize
+from kernels.linear import NONE, Matrix, few_rows_linear, linear, quantize
 from kernels.pool import as_float32
 
 ROWS = 32  # Above, a step is bound by its multiplications, and eight bits save nothing.
@@ -28,7 +28,7 @@ class Int8:
         """x [T, K], the float copy [N, K] for many rows, bias [N] -> [T, N]."""
         if x.dim() != 2 or x.shape[0] > ROWS or x.is_cuda or torch.is_grad_enabled():
             return linear(x, weight, bias)
-        return cast("Tensor", linear_step(x, self.weight, self.scale, bias))
+        return cast("Tensor", few_rows_linear(x, self.weight, self.scale, bias))
 
 
 def matrix(module: nn.Linear) -> Matrix:

@@ -9,7 +9,7 @@ from kernels.linear.naive import linear_naive, quantize
 from kernels.linear.step_numba import NONE, Matrix, linear_step_numba
 from kernels.pool import as_float32
 
-__all__ = ["NONE", "ROWS", "Matrix", "linear", "linear_naive", "linear_step", "pays", "quantize"]
+__all__ = ["NONE", "ROWS", "Matrix", "few_rows_linear", "linear", "linear_naive", "pays", "quantize"]
 
 ROWS = range(4, 33)  # Of fewer, and of more, BLAS is as quick.
 LEAST = 1 << 18  # Smaller matrices stay in a core's cache, where it is quicker.
@@ -17,11 +17,11 @@ LEAST = 1 << 18  # Smaller matrices stay in a core's cache, where it is quicker.
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [T, K], weight [N, K], bias [N] -> x weight^T + bias [T, N], by whatever is quickest."""
-    return linear_step(x, weight, None, bias) if pays(x, weight) else F.linear(x, weight, bias)
+    return few_rows_linear(x, weight, None, bias) if pays(x, weight) else F.linear(x, weight, bias)
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear_step` is quicker than BLAS, and may be taken: it has no gradient."""
+    """Whether `few_rows_linear` is quicker than BLAS, and may be taken: it has no gradient."""
     return (
         weight.numel() >= LEAST
         and x.dim() == 2
@@ -54,8 +54,8 @@ def _shape_only(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | 
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-linear_step = define(
-    "linear_step(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor",
+few_rows_linear = define(
+    "few_rows_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor",
     cpu=_on_cpu,
     gpu=_on_gpu,
     fake=_shape_only,

@@ -21,11 +21,11 @@ def main() -> None:
     for name in ("url", "model", "file"):
         parser.add_argument(name)
     parser.add_argument("--threshold", default="0.65")
-    parser.add_argument("--tokens", default="170")
+    parser.add_argument("--tokens", default="110")
     given = parser.parse_args()
     with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1280, "height": 680}, color_scheme="light")
+        page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme="light")
         page.goto(given.url)
         page.wait_for_selector(f"#model option[value='{given.model}']", state="attached")
         page.select_option("#model", given.model)

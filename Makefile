@@ -16,7 +16,7 @@ serve: setup
 	$(BIN)/fathom serve $(ARGS)
 
 test: setup
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-slow: setup
 	$(BIN)/pytest -m slow $(ARGS)

@@ -79,8 +79,7 @@ class LLM:
             raise InvalidArgumentError("slots", slots, "must be a whole number from 1")
         if not isinstance(prefill_tokens, int) or prefill_tokens < 1:
             raise InvalidArgumentError("prefill_tokens", prefill_tokens, "must be a whole number from 1")
-        if threads is not None:
-            use_threads(threads)
+        use_threads(threads)
         self.loaded = model if isinstance(model, LoadedModel) else load(model, dtype, device, weights)
         self.tokenizer = self.loaded.tokenizer
         self.engine = make_engine(

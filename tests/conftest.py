@@ -5,16 +5,19 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("FATHOM_THREADS", "1")  # tiny sizes; and each worker of pytest-xdist has a processor
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from serving.threads import use_threads
+
 settings.register_profile(
     "fathom", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("fathom")
-torch.set_num_threads(2)
+use_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """The command ``fathom bench``."""
 
-import os
 from typing import Annotated
 
 import typer
@@ -22,7 +21,7 @@ def decode(
     """Tokens/s by batch, and the share of what reading the weights once a step allows."""
     from serving.bench import decode as bench
 
-    bench.run(model, batch, dtype, threads or os.cpu_count())
+    bench.run(model, batch, dtype, threads)
 
 
 @app.command()
@@ -35,7 +34,7 @@ def long(
     """Latency and memory at token 1,000 and at token 100,000."""
     from serving.bench import long as bench
 
-    bench.run(model, tokens, dtype, threads or os.cpu_count())
+    bench.run(model, tokens, dtype, threads)
 
 
 @app.command()
@@ -49,7 +48,7 @@ def peers(
     """Against transformers' generate, on a checkpoint of Mamba-130M's shape with random weights."""
     from serving.bench import peers as bench
 
-    bench.run(batch, tokens, rounds, threads or os.cpu_count() or 1, processor_time=processor_time)
+    bench.run(batch, tokens, rounds, threads, processor_time=processor_time)
 
 
 @app.command()
@@ -64,7 +63,7 @@ def snapshots(
     """What the snapshots cost from which a stream goes on after the loss of its replica."""
     from serving.bench import snapshots as bench
 
-    bench.run(model, batch, tokens, every, rounds, threads or os.cpu_count())
+    bench.run(model, batch, tokens, every, rounds, threads)
 
 
 @app.command()
@@ -77,7 +76,7 @@ def quality(
     """Held-out bits per byte against depth, on the corpus of the zoo."""
     from serving.bench import quality as bench
 
-    bench.run(model, depth, size, threads or os.cpu_count())
+    bench.run(model, depth, size, threads)
 
 
 @app.command()
@@ -112,4 +111,4 @@ def depth(
     """Early exits in lock-step batches and continuously, against the full depth and the ideal."""
     from serving.bench import depth as bench
 
-    bench.run(model or [], sequences, tokens, dtype, threads or os.cpu_count() or 1)
+    bench.run(model or [], sequences, tokens, dtype, threads)

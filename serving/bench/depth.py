@@ -275,7 +275,7 @@ def prompts_for(model: Decoder, tokenizer: Any, sequences: int) -> list[list[int
     return [ids[start : start + PROMPT] for start in starts]
 
 
-def run(names: list[str], sequences: list[int], tokens: int, dtype: str, threads: int) -> None:
+def run(names: list[str], sequences: list[int], tokens: int, dtype: str, threads: int | None) -> None:
     use_threads(threads)
     rows = []
     for name in names or [*zoo(), RANDOM]:

@@ -96,7 +96,7 @@ def run(
     batches: Sequence[int],
     tokens: int,
     rounds: int,
-    threads: int,
+    threads: int | None,
     shape: dict[str, Any] | None = None,
     *,
     processor_time: bool = False,
@@ -109,8 +109,7 @@ def run(
     that others keep busy nothing else can be compared. Raises ServeConfigError where transformers is not installed.
     """
     clock = time.thread_time if processor_time else time.perf_counter
-    threads = 1 if processor_time else threads
-    use_threads(threads)
+    threads = use_threads(1 if processor_time else threads)
     with tempfile.TemporaryDirectory() as folder:
         publish(Path(folder), shape or SHAPE)
         native = torch.cpu._is_avx512_bf16_supported()

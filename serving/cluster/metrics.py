@@ -158,7 +158,8 @@ class EngineMetrics(Observer):
         if tick.chunks:
             tokens = tick.prefill_tokens
             self._prefill_tokens.observe(tokens)
-            self._prompt.inc(tokens)
+            if tick.final:  # where all of them pass once
+                self._prompt.inc(tokens)
 
     def emitted(self, units: Ints, reasons: Ints, gaps: npt.NDArray[np.float64]) -> None:
         self._generated.inc(len(units))

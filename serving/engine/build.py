@@ -1,6 +1,5 @@
 """From a model specification to an engine."""
 
-import os
 from contextlib import suppress
 
 from models.load import LoadedModel, load
@@ -27,7 +26,7 @@ UNTRAINED_TOKENS = 4096  # of a model with full attention that does not say how 
 
 def build(spec: ModelSpec, observer: Observer | None = None) -> tuple[Engine, LoadedModel, Description]:
     """Load the model and make an engine for it. Raises models.errors.ModelError or ServeConfigError."""
-    use_threads(spec.threads or os.cpu_count() or 1)
+    use_threads(spec.threads)
     loaded = load(spec.path, spec.dtype, spec.device, spec.weights)
     model = loaded.model
     slots = _slots(spec, loaded)

@@ -16,11 +16,12 @@ log = logging.getLogger("fathom.engine")
 class EngineLoop:
     """Steps an engine while it has work, and sleeps otherwise. Any thread may submit and cancel."""
 
-    def __init__(self, engine: Engine, deliver: Callable[[News], None]):
-        """`deliver` is called from the engine's thread, once after each step that has news."""
+    def __init__(self, engine: Engine, deliver: Callable[[News], None], begin: Callable[[], object] = bool):
+        """`deliver` is called from the engine's thread, once after each step that has news; `begin` once before."""
         self.engine = engine
         self.failures = 0  # steps in a row that raised
         self._deliver = deliver
+        self._begin = begin
         self._commands: collections.deque[Callable[[], News]] = collections.deque()
         self._wake = threading.Event()
         self._stopping = False
@@ -60,6 +61,7 @@ class EngineLoop:
         self._wake.set()
 
     def _run(self) -> None:
+        self._begin()
         while not self._stopping:
             self._wake.clear()
             news = self._step()

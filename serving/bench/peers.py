@@ -71,7 +71,7 @@ class Ours:
     """Fathom's engine on the checkpoint, held in one way."""
 
     def __init__(self, loaded: LoadedModel, slots: int, clock: Clock):
-        self.llm = LLM(loaded, slots=slots, progress=False, prefix_cache_mb=0)
+        self.llm = LLM(loaded, slots=slots, progress=False, prefix_cache_mb=0, batch_invariant=False)
         self.bytes = weight_bytes(loaded.model)
         self.clock = clock
 

@@ -39,6 +39,8 @@ def running(config: ServeConfig, stop: threading.Event | None = None) -> Iterato
         os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"] = "1"
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    # An engine's idle threads must not take the processor from the proxy and the gateway.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     import ray
     from ray import serve as ray_serve

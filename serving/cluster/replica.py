@@ -37,7 +37,7 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
         self._tokenizer = loaded.tokenizer.to_str().encode() if loaded.tokenizer is not None else b""
         self._chat = json.dumps(loaded.chat).encode() if loaded.chat else b""
         self._engine = engine
-        self._loop = EngineLoop(engine, self._from_engine, partial(use_threads, spec.threads))
+        self._loop = EngineLoop(engine, self._from_engine, partial(use_threads, spec.threads, spare=1))
         self._events = events
         self._links: dict[str, _Link] = {}  # request id -> the gateway's stream that it came from
         self._compiling: dict[str, asyncio.Task[None]] = {}  # requests that are not ready yet

@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 
+from kernels.invariance import use_invariance
 from models.load import LoadedModel, load
 from models.paths import NOWHERE
 from serving.config import ModelSpec
@@ -26,7 +27,8 @@ UNTRAINED_TOKENS = 4096  # of a model with full attention that does not say how 
 
 def build(spec: ModelSpec, observer: Observer | None = None) -> tuple[Engine, LoadedModel, Description]:
     """Load the model and make an engine for it. Raises models.errors.ModelError or ServeConfigError."""
-    use_threads(spec.threads)
+    use_invariance(spec.batch_invariant)
+    use_threads(spec.threads, spare=1)  # for the gateway and the proxy
     loaded = load(spec.path, spec.dtype, spec.device, spec.weights)
     model = loaded.model
     slots = _slots(spec, loaded)

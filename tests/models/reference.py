@@ -74,8 +74,9 @@ def assert_equal(
     for size in (3, 33):
         for (ids, scores), (ids_whole, scores_whole) in zip(_run(loaded, prompts, size), whole, strict=True):
             assert ids == ids_whole, f"prefill in pieces of {size} gives other tokens"
+            # Each may be so far from the reference.
             torch.testing.assert_close(
-                torch.tensor(scores), torch.tensor(scores_whole), atol=tolerance, rtol=0
+                torch.tensor(scores), torch.tensor(scores_whole), atol=2 * tolerance, rtol=0
             )
 
 

@@ -217,6 +217,14 @@ def test_state_of_a_slot_is_one_row_of_the_arena(loaded: LoadedModel) -> None:
     saved = pool.read(2)
     pool.reset(2)
     assert not pool.layers[1]["S"][2].any()
-    pool.write(3, saved)
+    pool.write(3, [saved])
     assert (pool.layers[1]["S"][3] == 7).all() and not pool.layers[0]["S"][3].any()
     assert pool.arena.shape[1] * 4 == loaded.model.layout().bytes_per_slot
+
+
+def test_the_numbers_are_the_same_to_the_bit_in_any_batch(loaded: LoadedModel) -> None:
+    params = SamplingParams(max_tokens=12, temperature=0, logprobs=0, ignore_eos=True)
+    prompts = [[i + 1, 2 * i + 1, 5] * (1 + i % 3) for i in range(40)]
+    together = LLM(loaded, slots=40, prefix_cache_mb=0).generate(prompts, params)
+    few = LLM(loaded, slots=3, prefix_cache_mb=0).generate(prompts, params)
+    assert [c.logprobs for c in together] == [c.logprobs for c in few]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from kernels.invariance import use_invariance
 from serving.threads import use_threads
 
 settings.register_profile(
@@ -23,3 +24,4 @@ use_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+    use_invariance(False)  # a switch of the process, which an LLM of another test may have turned

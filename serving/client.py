@@ -95,7 +95,12 @@ def generate(channel: grpc.Channel, request: pb.GenerateRequest) -> Iterator[pb.
 
 
 def _broken(error: grpc.RpcError) -> bool:
-    return isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAVAILABLE
+    """Whether the server, or a part of it, has gone: the ingress reports a gateway's death as an internal error."""
+    if not isinstance(error, grpc.Call):
+        return False
+    code, details = error.code(), str(error.details())
+    dead = code is grpc.StatusCode.INTERNAL and ("ActorDied" in details or "actor died" in details)
+    return dead or code is grpc.StatusCode.UNAVAILABLE
 
 
 def models(channel: grpc.Channel) -> list[models_pb2.Model]:

@@ -79,8 +79,9 @@ class Load:
                 for message in client.generate(channel, request):
                     stream.ids += message.token_ids
                     stream.times.append(time.monotonic())
-        except Exception as error:
-            stream.error = str(error).splitlines()[0]
+        except grpc.RpcError as error:
+            told = isinstance(error, grpc.Call)
+            stream.error = f"{error.code()}: {error.details()}" if told else str(error)
 
 
 def processes(part: str) -> list[int]:

@@ -127,9 +127,11 @@ async def test_a_deadline_ends_with_the_tokens_that_were_ready(folder: Path) -> 
 
 async def test_a_full_queue_answers_at_once(folder: Path) -> None:
     async with house(folder, slots=1, max_waiting=1) as h:
-        running = [asyncio.create_task(h.stream(GENERATE, ask(max_tokens=100_000))) for _ in range(2)]
-        while h.replicas[0]._engine.load().waiting < 1:
-            await asyncio.sleep(0.01)
+        running = []
+        for number in (1, 2):  # one runs, then another waits
+            running.append(asyncio.create_task(h.stream(GENERATE, ask(max_tokens=100_000))))
+            while (load := h.replicas[0]._engine.load()).running + load.waiting < number or not load.running:
+                await asyncio.sleep(0.01)
         _, context = await h.stream(GENERATE, ask())
         assert context.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         for task in running:

@@ -4,11 +4,14 @@ Where they must not, products of matrices have at least ROWS rows: from there on
 below in others (measured with MKL: from 12 to 16 rows on, to the bit). It costs time at few rows.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 16
+VECTORS = 64  # floats of one round of torch's vectorised loops
 
 
 class Invariance:
@@ -31,6 +34,26 @@ def wanted(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )
+
+
+def by_row(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function`, elementwise, of x [T, C], such as a number for each head. torch computes the last elements of an
+    array, which fill no vector, in another way: of few channels each row gets vectors of its own."""
+    missing = -x.shape[-1] % VECTORS
+    if not missing or not wanted(x):
+        return function(x)
+    return function(F.pad(x, (0, missing)))[..., : x.shape[-1]]
+
+
+def invariant_baddbmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """bias [H, 1, N], x [H, T, K], weight [H, K, N] -> x weight + bias [H, T, N]; each row the same whatever T is,
+    where that is wanted."""
+    rows = x.shape[1]
+    if rows >= ROWS or not wanted(x[0]):
+        return torch.baddbmm(bias, x, weight)
+    padded = x.new_zeros(x.shape[0], ROWS, x.shape[2])
+    padded[:, :rows] = x
+    return torch.baddbmm(bias, padded, weight)[:, :rows]
 
 
 def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

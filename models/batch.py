@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.invariance import Invariance
-
 FEW = 32
 
 
@@ -37,7 +35,7 @@ class Batch:
         """Whether this is a decoding step of a few sequences, without gradients: one token of each, so few that reading
         the weights is what takes the time."""
         tokens = self.positions.shape[0]
-        few = tokens == self.slots.shape[0] and tokens <= FEW and not Invariance.on
+        few = tokens == self.slots.shape[0] and tokens <= FEW
         return few and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     @property

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.depth import confidence
-from kernels.linear import linear
+from kernels.linear import Blocked, linear
 from models.batch import Batch
-from models.int8 import Int8
 from models.layers import Linear
 from models.paths import Node, Path
 from models.state import LayerLeaves, LayerState, Layout
@@ -123,7 +122,7 @@ class Decoder(nn.Module):
         self.embedding_scale = embedding_scale
         self.logit_softcap = logit_softcap
         self.residual_in_fp32 = residual_in_fp32
-        self.tied_int8: Int8 | None = None  # the embeddings as a head
+        self.tied_head: Blocked | None = None  # the embeddings as a head
         single = (Stage(f"layer {i}", range(i, i + 1)) for i in range(len(layers)))
         self.stages: tuple[Stage, ...] = (
             Stage("stack", range(len(layers)), head=True),
@@ -142,6 +141,16 @@ class Decoder(nn.Module):
         self.fills = False  # tokens that leave early write what they skip (see Batch.ghosts)
         self._flops: dict[int, float] = {}  # by stage
         self._growing: list[set[int]] = []  # by stage: groups of layers whose state grows
+
+    def prepare(self) -> None:
+        weight = self.embeddings.weight
+        if (
+            self.tied_head is None
+            and self.lm_head is None
+            and weight.is_cpu
+            and weight.dtype is torch.float32
+        ):
+            self.tied_head = Blocked(weight)
 
     @property
     def vocab_size(self) -> int:
@@ -246,8 +255,10 @@ class Decoder(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Normed hidden vectors [R, D] -> logits [R, vocab_size], float32."""
-        if self.lm_head is None:
-            logits = (self.tied_int8 or linear)(x, self.embeddings.weight, None).float()
+        if self.lm_head is None and self.tied_head is not None and self.tied_head.takes(x):
+            logits = self.tied_head(x).float()
+        elif self.lm_head is None:
+            logits = linear(x, self.embeddings.weight, None).float()
         else:
             logits = self.lm_head(x).float()
         if self.logit_softcap is not None:

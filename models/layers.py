@@ -1,16 +1,15 @@
 """The parts that every family is made of."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.linear import linear
+from kernels.linear import Blocked, linear
 from kernels.norm import few, rms_norm_step
 from kernels.pool import Floats
-from models.int8 import Int8
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -91,7 +90,7 @@ class OffsetRMSNorm(RMSNorm):
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum x^2 + eps) over the last dimension, in float32."""
     size = x.shape[-1]
-    return F.rms_norm(x, (size,), eps=eps / size) * size**-0.5
+    return F.rms_norm(x.contiguous(), (size,), eps=eps / size) * size**-0.5
 
 
 class GroupRMSNorm(nn.Module):
@@ -124,16 +123,32 @@ class GroupNorm(nn.Module):
         return F.group_norm(x.reshape(x.shape[0], -1), self.groups, self.weight, self.bias, self.eps)
 
 
-class Linear(nn.Linear):
-    """`torch.nn.Linear` without its random start: weights are loaded, or set by `models.train`."""
+class Projection(nn.Module):
+    """A weight [N, K] and a bias [N] or none, in blocks as well where it is final and on a CPU."""
 
-    int8: Int8 | None = None
+    weight: Any
+    bias: Any  # parameters; a plain nn.Linear says so itself
+    blocked: Blocked | None = None
+
+    def prepare(self) -> None:
+        if self.blocked is None and self.weight.is_cpu and self.weight.dtype is torch.float32:
+            self.blocked = Blocked(self.weight, None, self.bias)
+
+    def project(self, x: Tensor) -> Tensor:
+        """x [T, K] -> [T, N]."""
+        if self.blocked is not None and self.blocked.takes(x):
+            return self.blocked(x)
+        return linear(x, self.weight, self.bias)
+
+
+class Linear(Projection, nn.Linear):
+    """`torch.nn.Linear` without its random start: weights are loaded, or set by `models.train`."""
 
     def reset_parameters(self) -> None:
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.int8 or linear)(x, self.weight, self.bias)
+        return self.project(x)
 
 
 class Parted(nn.Module):
@@ -144,14 +159,12 @@ class Parted(nn.Module):
         raise NotImplementedError
 
 
-class Packed(Parted):
+class Packed(Parted, Projection):
     """Several projections of one input, computed as one matrix product.
 
     Each part keeps its own name in a checkpoint: a Packed at ``attn.in_proj`` with parts q_proj and k_proj is
     read from ``attn.q_proj.weight`` and ``attn.k_proj.weight``.
     """
-
-    int8: Int8 | None = None
 
     def __init__(self, in_features: int, parts: Mapping[str, int], bias: bool | frozenset[str] = False):
         super().__init__()
@@ -163,7 +176,7 @@ class Packed(Parted):
 
     def forward(self, x: Tensor, sizes: Sequence[int] | None = None) -> tuple[Tensor, ...]:
         """The projections, one tensor for each part, or cut into other `sizes`."""
-        return (self.int8 or linear)(x, self.weight, self.bias).split(sizes or self.sizes, dim=-1)
+        return self.project(x).split(sizes or self.sizes, dim=-1)
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         at = 0

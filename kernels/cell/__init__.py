@@ -10,6 +10,7 @@ from kernels.cell.kinds import KINDS
 from kernels.cell.naive import cell_naive
 from kernels.cell.scan import cell_scan
 from kernels.cell.step_numba import SEGMENTS, Floats, Ints, cell_gates_numba, cell_step_numba
+from kernels.invariance import Invariance
 from kernels.library import define
 from kernels.pool import as_float32, flat
 
@@ -93,6 +94,8 @@ def _in_step(segments: int, heads: int, width: int) -> bool:
     """Whether a matrix product over all segments at each token beats the walk of one task a head and few
     segments: where many segments share the matrices, and where those are large and the tasks too few for the
     cores."""
+    if Invariance.on:  # the two add up in different orders
+        return False
     tasks = -(-segments // SEGMENTS) * heads
     return (width >= 128 and segments >= 8) or (width >= 512 and tasks < numba.get_num_threads())
 

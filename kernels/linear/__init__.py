@@ -1,64 +1,82 @@
-"""Projections of the few rows of a decoding step, on CPUs: with float32 weights, or weights of eight bits."""
+"""Projections on CPUs: with float32 weights, or weights of eight bits, in blocks of channels (see blocks_numba)."""
 
+from typing import cast
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.invariance import invariant_linear, wanted
+from kernels.invariance import Invariance, invariant_linear, wanted
 from kernels.library import define
+from kernels.linear.blocks_numba import NONE, Matrix, project, project_alone, to_blocks
 from kernels.linear.naive import linear_naive, quantize
-from kernels.linear.step_numba import NONE, Matrix, linear_step_numba
 from kernels.pool import as_float32
 
-__all__ = ["NONE", "ROWS", "Matrix", "few_rows_linear", "linear", "linear_naive", "pays", "quantize"]
+__all__ = ["NONE", "Blocked", "Matrix", "linear", "linear_naive", "quantize"]
 
-ROWS = range(4, 33)  # Of fewer, and of more, BLAS is as quick.
-LEAST = 1 << 18  # Smaller matrices stay in a core's cache, where it is quicker.
+ROWS = 64  # Of more, BLAS is quicker with float32 weights; it has no batch invariance to keep.
+SMALL = 1 << 19  # Products that cost less than waking other threads.
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [T, K], weight [N, K], bias [N] -> x weight^T + bias [T, N], by whatever is quickest."""
-    if wanted(x):
-        return invariant_linear(x, weight, bias)
-    return few_rows_linear(x, weight, None, bias) if pays(x, weight) else F.linear(x, weight, bias)
+    """x [T, K], weight [N, K], bias [N] -> x weight^T + bias [T, N], by BLAS."""
+    return invariant_linear(x, weight, bias) if wanted(x) else F.linear(x, weight, bias)
 
 
-def pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether `few_rows_linear` is quicker than BLAS, and may be taken: it has no gradient."""
-    return (
-        weight.numel() >= LEAST
-        and x.dim() == 2
-        and x.shape[0] in ROWS
-        and x.dtype == weight.dtype == torch.float32
-        and not x.is_cuda
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
+class Blocked:
+    """A projection's weights [N, K] once more, as decoding on a CPU reads them: float32, or int8 with a scale [N]."""
+
+    def __init__(self, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None):
+        self.outputs = weight.shape[0]
+        self.matrix = Matrix(
+            to_blocks(weight.detach().numpy()),
+            NONE if scale is None else as_float32(scale),
+            NONE if bias is None else as_float32(bias.detach()),
+        )
+        self._tensors = tuple(torch.from_numpy(part) for part in self.matrix)
+        self._eight = weight.dtype is torch.int8
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.matrix)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether x is what these weights are for. There is no gradient."""
+        if x.dim() != 2 or x.is_cuda or torch.is_grad_enabled():
+            return False
+        return self._eight or (x.dtype is torch.float32 and (Invariance.on or x.shape[0] <= ROWS))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, K] -> [T, N], of the same type."""
+        if torch.compiler.is_compiling():
+            return cast("Tensor", blocked_linear(x, *self._tensors, self.outputs))
+        return _project(x, self.matrix, self.outputs)
 
 
-def _on_cpu(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """As `linear_naive`, in the type of x."""
-    out = torch.empty(x.shape[0], weight.shape[0])
-    linear_step_numba(
-        as_float32(x),
-        weight.numpy(),
-        NONE if scale is None else scale.numpy(),
-        NONE if bias is None else as_float32(bias),
-        out.numpy(),
-    )
-    return out.to(x.dtype)
+def _project(x: Tensor, matrix: Matrix, outputs: int) -> Tensor:
+    rows = x.shape[0]
+    out = np.empty((rows, outputs), np.float32)
+    run = project_alone if rows * matrix.blocks.size <= SMALL else project
+    run(as_float32(x), matrix, out)
+    made = torch.from_numpy(out)
+    return made if x.dtype is torch.float32 else made.to(x.dtype)
 
 
-def _on_gpu(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    return linear_naive(x, weight, scale, bias).to(x.dtype)
+def _on_cpu(x: Tensor, blocks: Tensor, scale: Tensor, bias: Tensor, outputs: int) -> Tensor:
+    return _project(x, Matrix(blocks.numpy(), scale.numpy(), bias.numpy()), outputs)
 
 
-def _shape_only(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _on_gpu(x: Tensor, blocks: Tensor, scale: Tensor, bias: Tensor, outputs: int) -> Tensor:
+    raise NotImplementedError("weights in blocks are for CPUs")
 
 
-few_rows_linear = define(
-    "few_rows_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor",
+def _shape_only(x: Tensor, blocks: Tensor, scale: Tensor, bias: Tensor, outputs: int) -> Tensor:
+    return x.new_empty(x.shape[0], outputs)
+
+
+blocked_linear = define(
+    "blocked_linear(Tensor x, Tensor blocks, Tensor scale, Tensor bias, int outputs) -> Tensor",
     cpu=_on_cpu,
     gpu=_on_gpu,
     fake=_shape_only,

@@ -36,13 +36,13 @@ def few(x: Tensor) -> bool:
         and not x.is_cuda
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and x.is_contiguous()
+        and (x.is_contiguous() or Invariance.on)
     )
 
 
 def rms_norm_step(x: Tensor, weight: Floats, eps: float) -> Tensor:
     """x / sqrt(mean x^2 + eps) * weight over the last dimension: x [..., size], weight [size]."""
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     size = weight.shape[0]
-    _rms_norm(x.view(-1, size).numpy(), weight, np.float32(eps), out.view(-1, size).numpy())
+    _rms_norm(x.contiguous().view(-1, size).numpy(), weight, np.float32(eps), out.view(-1, size).numpy())
     return out

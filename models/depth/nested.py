@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.linear import linear
 from models.batch import Batch
 from models.decoder import Block, Decoder, Stage
 from models.layers import GatedMLP, Linear, Packed
@@ -94,13 +95,13 @@ class NestedBlock(Block):
         q = F.pad(q, (0, 0, 0, a.heads - heads))
         k, v = (F.pad(y, (0, 0, 0, a.kv_heads - kv_heads)) for y in (k, v))
         o = a.attend(q, k, v, batch, state)[:, :heads].flatten(-2)
-        return F.linear(o, a.o_proj.weight[:, : o.shape[1]], a.o_proj.bias)
+        return linear(o, a.o_proj.weight[:, : o.shape[1]], a.o_proj.bias)
 
     def _narrow_mlp(self, x: Tensor, width: float) -> Tensor:
         mlp = self.mlp
         inner = round(width * mlp.sizes[0])
         gate, up = _narrow(mlp.gate_up, x, [inner, inner])
-        return F.linear(mlp.activation(gate) * up, mlp.down_proj.weight[:, :inner], mlp.down_proj.bias)
+        return linear(mlp.activation(gate) * up, mlp.down_proj.weight[:, :inner], mlp.down_proj.bias)
 
 
 def _narrow(packed: Packed, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
@@ -108,7 +109,7 @@ def _narrow(packed: Packed, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     out, at = [], 0
     for whole, size in zip(packed.sizes, sizes, strict=True):
         bias = None if packed.bias is None else packed.bias[at : at + size]
-        out.append(F.linear(x, packed.weight[at : at + size], bias))
+        out.append(linear(x, packed.weight[at : at + size], bias))
         at += whole
     return out
 

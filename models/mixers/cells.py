@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.cell import KINDS, cell
+from kernels.linear import linear
 from models.batch import Batch
 from models.decoder import Decoder, Mixer
 from models.generic import NAMES, GenericConfig, decoder
@@ -68,7 +69,7 @@ class Cell(Mixer):
         return {"cell": Leaf((self.states, 1, self.width))}
 
     def forward(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
-        wx = nn.functional.linear(x, self.weight_ih, self.bias_ih).view(-1, self.gates, 1, self.width)
+        wx = linear(x, self.weight_ih, self.bias_ih).view(-1, self.gates, 1, self.width)
         R, bias = self._recurrent or self._matrices()
         h = cell(self.kind, wx, R, bias, pool_of(state, "cell"), *batch.index).flatten(-2).to(x.dtype)
         return h if self.out_proj is None else self.out_proj(h)

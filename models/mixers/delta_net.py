@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.delta import delta
+from kernels.invariance import by_row
 from models.batch import Batch
 from models.decoder import Decoder, Mixer
 from models.fla import NAMES, HeadsConfig, decoder
@@ -68,7 +69,7 @@ class DeltaNet(Mixer):
         qk, v = qkv.split((2 * self.heads * self.K, self.heads * self.V), -1)
         q, k = self._normed(qk.unflatten(-1, (-1, self.K))).chunk(2, 1)
         v = (v if self.conv_silu else F.silu(v)).unflatten(-1, (self.heads, self.V))
-        beta = torch.sigmoid(rest[0].float()) if self.beta else x.new_ones(x.shape[0], self.heads)
+        beta = by_row(torch.sigmoid, rest[0].float()) if self.beta else x.new_ones(x.shape[0], self.heads)
         o = delta(q, k, v, beta * self.strength, None, pool_of(state, "S"), *batch.index, scale=self.K**-0.5)
         o = self.o_norm(o).flatten(-2)
         return self.o_proj(o * F.silu(rest[-1]) if self.gated else o)

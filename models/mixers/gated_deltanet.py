@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.delta import delta
+from kernels.invariance import by_row
 from models.batch import Batch
 from models.decoder import Decoder, Mixer
 from models.fla import NAMES, FLAConfig, decoder
@@ -101,8 +102,8 @@ class GatedDeltaRule(Mixer):
             q,
             k,
             v.unflatten(-1, (self.value_heads, self.V)),
-            torch.sigmoid(b.float()) * self.strength,
-            A * F.softplus(a.float() + self.dt_bias.float()),
+            by_row(torch.sigmoid, b.float()) * self.strength,
+            A * by_row(F.softplus, a.float() + self.dt_bias.float()),
             pool_of(state, "S"),
             *batch.index,
             scale=self.K**-0.5,

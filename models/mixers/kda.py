@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.delta import delta
+from kernels.invariance import by_row
 from models.batch import Batch
 from models.decoder import Decoder, Mixer
 from models.fla import NAMES, decoder
@@ -75,7 +76,7 @@ class KDA(Mixer):
             q,
             k,
             v.unflatten(-1, (self.value_heads, self.V)),
-            torch.sigmoid(b.float()) * self.strength,
+            by_row(torch.sigmoid, b.float()) * self.strength,
             self._log_decay(self.f_up(f)),
             pool_of(state, "S"),
             *batch.index,

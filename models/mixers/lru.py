@@ -5,10 +5,10 @@ from typing import Any
 
 import pydantic
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.diagonal.linear import lru
+from kernels.linear import linear
 from models.batch import Batch
 from models.decoder import Decoder, Mixer
 from models.generic import NAMES, GatedOutput, GenericConfig, decoder
@@ -67,8 +67,8 @@ class LRU(Mixer):
 
     def forward(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
         lam, B, C = self._system or self._discrete()
-        h = lru(F.linear(x, B).unflatten(-1, (2, self.N)), lam, pool_of(state, "x"), *batch.index)
-        return self.output(torch.addcmul(F.linear(h.flatten(-2).to(x.dtype), C), x, self.D))
+        h = lru(linear(x, B, None).unflatten(-1, (2, self.N)), lam, pool_of(state, "x"), *batch.index)
+        return self.output(torch.addcmul(linear(h.flatten(-2).to(x.dtype), C, None), x, self.D))
 
     def flops(self) -> int:
         return 8 * self.N

@@ -7,12 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.diagonal.selective import MixerWeights, mixer_step, selective
+from kernels.diagonal.selective import (
+    MixerWeights,
+    mixer_step,
+    selective,
+    softplus,
+    unweighted_rms_norm,
+)
 from kernels.pool import as_float32
 from models.batch import Batch
 from models.config import ModelConfig
 from models.decoder import Block, Decoder, Mixer
-from models.int8 import matrix
 from models.layers import Linear, RMSNorm
 from models.mixers.shortconv import ShortConv
 from models.state import LayerLeaves, LayerState, Leaf, pool_of
@@ -80,11 +85,12 @@ class Mamba(Mixer):
         relaxed = bool(self.in_proj._forward_hooks)  # a LoRA by depth adds to what the projections give
         if self._A.is_cpu and self.D.dtype is torch.float32 and not relaxed:
             taps, bias = self.conv.arrays()
-            x_proj, dt_proj = matrix(self.x_proj), matrix(self.dt_proj)
             A, skip = self._A.numpy(), as_float32(self.D.detach())
-            self._step = MixerWeights(
-                matrix(self.in_proj), taps, bias, x_proj, dt_proj, A, skip, matrix(self.out_proj)
+            projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
+            in_proj, x_proj, dt_proj, out_proj = (
+                p.blocked.matrix for p in projections if p.blocked is not None
             )
+            self._step = MixerWeights(in_proj, taps, bias, x_proj, dt_proj, A, skip, out_proj, self.sizes[0])
 
     def leaves(self) -> LayerLeaves:
         return {"h": Leaf((self.N, self.inner)), "conv": self.conv.leaf()}
@@ -98,11 +104,22 @@ class Mamba(Mixer):
         x = self.conv(x, batch, pool_of(state, "conv"))
         low, B, C = self.x_proj(x).split(self.sizes, -1)
         if self.rms_eps is not None:
-            low, B, C = (F.rms_norm(y, y.shape[-1:], eps=self.rms_eps) for y in (low, B, C))
-        dt = F.softplus(F.linear(low, self.dt_proj.weight).float() + self.dt_proj.bias.float())
+            low, B, C = (self._normed(y, self.rms_eps) for y in (low, B, C))
+        dt = self._step_size(low)
         A = -self.A_log.float().exp().t() if self._A is None else self._A
         y = selective(x, dt, A, B, C, self.D, z, pool_of(state, "h"), *batch.index)
         return self.out_proj(y)
+
+    def _normed(self, x: Tensor, eps: float) -> Tensor:
+        if self._step is not None and not torch.is_grad_enabled():
+            return unweighted_rms_norm(x, eps)
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+    def _step_size(self, low: Tensor) -> Tensor:
+        """Low-rank [T, R] -> softplus(W low + bias) [T, C], float32."""
+        if self._step is not None and not torch.is_grad_enabled():
+            return softplus(self.dt_proj(low))
+        return F.softplus(F.linear(low, self.dt_proj.weight).float() + self.dt_proj.bias.float())
 
     def flops(self) -> int:
         return 7 * self.N * self.inner

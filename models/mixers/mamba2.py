@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.invariance import by_row
 from kernels.outer import outer
 from models.batch import Batch
 from models.config import ModelConfig
@@ -99,7 +100,7 @@ class Mamba2(Mixer):
         values = values.unflatten(-1, (self.heads, self.P))
         B, C = BC.unflatten(-1, (2, self.groups, self.N)).unbind(1)
         # The published single step leaves the limits out; whole sequences, and so prefill, keep to them.
-        dt = F.softplus(dt.float() + self.dt_bias.float())
+        dt = by_row(F.softplus, dt.float() + self.dt_bias.float())
         dt = dt if self.limits is None else dt.clamp(*self.limits)
         A = -self.A_log.float().exp() if self._A is None else self._A
         y = outer(C, B, values * dt.unsqueeze(-1), A * dt, pool_of(state, "h"), *batch.index, scale=1.0)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.diagonal.linear import gated
+from kernels.invariance import invariant_baddbmm
 from models.batch import Batch
 from models.config import ModelConfig, one_of
 from models.decoder import Block, Decoder, Mixer
@@ -101,7 +102,7 @@ class Gates(Parted):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, C] -> both [T, C], float32."""
         heads = x.unflatten(-1, (-1, self.width)).transpose(0, 1)  # [H, T, width]
-        both = torch.sigmoid(torch.baddbmm(self.bias, heads, self.weight).float()).transpose(0, 1)
+        both = torch.sigmoid(invariant_baddbmm(self.bias, heads, self.weight).float()).transpose(0, 1)
         update, recurrence = both.split(self.width, -1)
         return update.flatten(-2), recurrence.flatten(-2)
 

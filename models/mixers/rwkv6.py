@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.invariance import invariant_baddbmm
 from kernels.outer import outer
 from models.batch import Batch
 from models.decoder import Block, Decoder, Mixer
@@ -71,7 +72,9 @@ class RWKV6(Mixer):
         delta = self.shift(x, batch, pool_of(state, "shift"))
         low = torch.tanh(self.x_down(x, delta)).unflatten(-1, (5, -1))  # [T, 5, R]
         up = self.x_up.weight.unflatten(-1, (5, -1))  # [D, 5, R]
-        shares = torch.baddbmm(self.x_bias[:, None], low.transpose(0, 1), up.permute(1, 2, 0))  # [5, T, D]
+        shares = invariant_baddbmm(
+            self.x_bias[:, None], low.transpose(0, 1), up.permute(1, 2, 0)
+        )  # [5, T, D]
         r, w, k, v, g = torch.addcmul(x, delta, shares).unbind(0)
         w = self.w_up(torch.tanh(self.w_down(w)))
         o = outer(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kernels.linear import Blocked
 from models.load import LoadedModel, load
 from serving.bench.measure import read_seconds, report
 from serving.engine.core import Request
@@ -70,8 +71,15 @@ class Theirs:
 class Ours:
     """Fathom's engine on the checkpoint, held in one way."""
 
-    def __init__(self, loaded: LoadedModel, slots: int, clock: Clock):
-        self.llm = LLM(loaded, slots=slots, progress=False, prefix_cache_mb=0, batch_invariant=False)
+    def __init__(self, loaded: LoadedModel, slots: int, threads: int, clock: Clock):
+        self.llm = LLM(
+            loaded,
+            slots=slots,
+            threads=threads,
+            progress=False,
+            prefix_cache_mb=0,
+            batch_invariant=False,
+        )
         self.bytes = weight_bytes(loaded.model)
         self.clock = clock
 
@@ -116,7 +124,7 @@ def run(
         types = (torch.float32, torch.bfloat16) if native else (torch.float32,)
         theirs = [Theirs(Path(folder), dtype, clock) for dtype in types]
         ours = {
-            way: Ours(load(folder, way[0], "cpu", weights=way[1]), max(batches), clock)
+            way: Ours(load(folder, way[0], "cpu", weights=way[1]), max(batches), threads, clock)
             for way in WAYS
             if native or way[0] != "bfloat16"
         }
@@ -178,10 +186,10 @@ def weight_bytes(model: torch.nn.Module) -> int:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             total += parameter.nbytes
-        for name in ("int8", "tied_int8"):
-            held = getattr(module, name, None)
+        for name, weight in (("blocked", "weight"), ("tied_head", "embeddings.weight")):
+            held: Blocked | None = getattr(module, name, None)
             if held is not None:
-                total += held.weight.nbytes + held.scale.nbytes - 4 * held.weight.numel()
+                total += held.nbytes - module.get_parameter(weight).nbytes
     return total
 
 

@@ -4,7 +4,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.diagonal.selective.mixer_numba import MixerWeights, mixer_step_numba
+from kernels.diagonal.selective.mixer_numba import (
+    MixerWeights,
+    mixer_step_numba,
+    rms_norm_numba,
+    softplus_numba,
+)
 from kernels.diagonal.selective.naive import selective_naive
 from kernels.diagonal.selective.scan import selective_scan
 from kernels.diagonal.selective.step_numba import selective_step_numba
@@ -21,6 +26,8 @@ __all__ = [
     "selective_scan",
     "selective_step",
     "selective_train",
+    "softplus",
+    "unweighted_rms_norm",
 ]
 
 
@@ -81,6 +88,20 @@ def mixer_step(
         out.numpy(),
     )
     return out
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x) of float32 on a CPU, with the arithmetic of `mixer_step`."""
+    made = np.array(as_float32(x))
+    softplus_numba(made)
+    return torch.from_numpy(made)
+
+
+def unweighted_rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x [T, C] / sqrt(mean x^2 + eps), float32 on a CPU, with the arithmetic of `mixer_step`."""
+    made = np.array(as_float32(x))
+    rms_norm_numba(made, np.float32(eps))
+    return torch.from_numpy(made)
 
 
 def _on_cpu(

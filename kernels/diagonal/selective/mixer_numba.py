@@ -13,7 +13,7 @@ import numpy.typing as npt
 from kernels.conv.step_numba import conv_step_numba
 from kernels.diagonal.selective.step_numba import selective_step_numba
 from kernels.fastmath import softplus, wide_vectors
-from kernels.linear.step_numba import Matrix, linear_step_numba
+from kernels.linear.blocks_numba import Matrix, project
 from kernels.pool import FlatPool
 
 Floats = npt.NDArray[np.float32]
@@ -31,10 +31,11 @@ class MixerWeights(NamedTuple):
     A: Floats  # [N, C]
     skip: Floats  # [C]
     out_proj: Matrix  # [D, C]
+    rank: int  # R
 
 
 @numba.njit(fastmath=True, error_model="numpy", cache=True, nogil=True)
-def _softplus(x: Floats) -> None:
+def softplus_numba(x: Floats) -> None:
     wide_vectors()
     flat = x.reshape(x.size)
     for i in range(flat.size):
@@ -42,7 +43,7 @@ def _softplus(x: Floats) -> None:
 
 
 @numba.njit(fastmath=True, error_model="numpy", cache=True, nogil=True)
-def _rms_norm(x: Floats, eps: float) -> None:
+def rms_norm_numba(x: Floats, eps: float) -> None:
     wide_vectors()
     for t in range(x.shape[0]):
         row = x[t]
@@ -67,25 +68,21 @@ def mixer_step_numba(
 ) -> None:
     T = x.shape[0]
     N, C = w.A.shape
-    R = w.dt_proj.weight.shape[1]
+    R = w.rank
     offsets = np.arange(T + 1)
-    none = np.empty(0, np.float32)
     f32 = np.float32
-    u, z, y = np.empty((T, C), f32), np.empty((T, C), f32), np.empty((T, C), f32)
-    p = w.in_proj
-    for half, target in ((0, u), (1, z)):
-        rows = slice(half * C, half * C + C)
-        scale = p.scale[rows] if p.scale.size else none
-        linear_step_numba(x, p.weight[rows], scale, p.bias[rows] if p.bias.size else none, target)
+    both, y = np.empty((T, 2 * C), f32), np.empty((T, C), f32)
+    project(x, w.in_proj, both)
+    u, z = both[:, :C].copy(), both[:, C:].copy()
     conv_step_numba(u, w.taps, w.taps_bias, conv_pool, slots, depths, offsets, y, True)
     made = np.empty((T, R + 2 * N), f32)
-    linear_step_numba(y, w.x_proj.weight, w.x_proj.scale, w.x_proj.bias, made)
+    project(y, w.x_proj, made)
     low, B, read = made[:, :R].copy(), made[:, R : R + N].copy(), made[:, R + N :].copy()
     if rms_eps >= 0:
         for part in (low, B, read):
-            _rms_norm(part, rms_eps)
+            rms_norm_numba(part, rms_eps)
     dt = np.empty((T, C), f32)
-    linear_step_numba(low, w.dt_proj.weight, w.dt_proj.scale, w.dt_proj.bias, dt)
-    _softplus(dt)
+    project(low, w.dt_proj, dt)
+    softplus_numba(dt)
     selective_step_numba(y, dt, w.A, B, read, w.skip, z, pool, slots, depths, offsets, u)
-    linear_step_numba(u, w.out_proj.weight, w.out_proj.scale, w.out_proj.bias, out)
+    project(u, w.out_proj, out)

@@ -1,0 +1,277 @@
+"""Matrix products on CPUs with weights in blocks: a vector holds those of one input for LANES outputs.
+
+Each output is one running sum over the inputs, in their order, whatever the number of rows: a row's numbers are the
+same to the bit in any batch. A vector of weights is read once for up to six rows, and the sums stay in registers.
+Weights of eight bits meet inputs of (up to) sixteen: a product of integers has no rounding, and takes half the
+instructions.
+
+The inner loops are written in LLVM's own terms: from Python loops it would make other orders of summation for one row
+than for six, and would not find the instruction that multiplies pairs of integers and adds them up.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import llvmlite.binding
+import numba
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+from kernels.fastmath import wide_vectors
+
+Floats = npt.NDArray[np.float32]
+Blocks = npt.NDArray[np.float32] | npt.NDArray[np.int8]
+
+FEATURES = llvmlite.binding.get_host_cpu_features()
+WIDE = bool(FEATURES.get("avx512f"))
+LANES = 16 if WIDE else 8
+VECTORS = 4 if WIDE else 2  # of weights at a time: with those of six rows, all sums fit into the registers
+CHANNELS = LANES * VECTORS
+MOST_ROWS = 6
+TOKENS = 192  # whose inputs stay in a core's cache while the weights pass
+BIGGEST = 127 * 32767
+
+NONE = np.empty(0, np.float32)
+
+_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+class Matrix(NamedTuple):
+    """A projection [N, K] as `project` takes it."""
+
+    blocks: Blocks  # float32 [N', K, LANES], or int8 [N', K / 2, LANES, 2], flat; N' = N / LANES, rounded up
+    scale: Floats  # [N], or [0] for none
+    bias: Floats  # [N], or [0] for none
+
+
+def to_blocks(weight: Blocks) -> Blocks:
+    """weight [N, K], float32 or int8 -> blocks, flat. Channels that are missing in the last block are zero."""
+    N, K = weight.shape
+    pair = 2 if weight.dtype == np.int8 else 1
+    padded = np.zeros((-(-N // CHANNELS) * CHANNELS, -(-K // pair) * pair), weight.dtype)
+    padded[:N, :K] = weight
+    parted = padded.reshape(-1, LANES, padded.shape[1] // pair, pair)
+    return cast("Blocks", np.ascontiguousarray(parted.transpose(0, 2, 1, 3)).reshape(-1))
+
+
+def from_blocks(blocks: Blocks, outputs: int, inputs: int) -> Blocks:
+    """The inverse of `to_blocks`: [N, K]."""
+    pair = 2 if blocks.dtype == np.int8 else 1
+    parted = blocks.reshape(-1, -(-inputs // pair), LANES, pair)
+    whole = parted.transpose(0, 2, 1, 3).reshape(-1, parted.shape[1] * pair)
+    return cast("Blocks", np.ascontiguousarray(whole[:outputs, :inputs]))
+
+
+def most(inputs: int) -> int:
+    """The largest integer that an input may become: no sum of so many products with weights of eight bits overflows."""
+    return min(32767, (2**31 - 1) // (127 * inputs))
+
+
+Builder = Any  # llvmlite's types have no stubs
+Value = Any
+
+
+def _lanes(b: Builder, scalar: Value) -> Value:
+    """A scalar in every lane."""
+    vector = ir.VectorType(scalar.type, LANES)
+    first = b.insert_element(ir.Constant(vector, ir.Undefined), scalar, _I32(0))
+    return b.shuffle_vector(first, first, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
+
+
+def _float_step(b: Builder, total: Value, weights: Value, x: Value) -> Value:
+    kind = total.type
+    fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, [kind] * 3), f"llvm.fma.v{LANES}f32")
+    return b.call(fma, [weights, x, total])
+
+
+def _pair_step(b: Builder, total: Value, weights: Value, x: Value, instruction: bool) -> Value:
+    """total [LANES] + the products of pairs of 16 bits, as 32 bits each."""
+    kind = total.type
+    if instruction:
+        name = "llvm.x86.avx512.vpdpwssd.512"
+        dot = cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, [kind] * 3), name)
+        return b.call(dot, [total, weights, x])
+    halves = ir.VectorType(ir.IntType(16), 2 * LANES)
+    wide = ir.VectorType(_I32, 2 * LANES)
+    product = b.mul(b.sext(b.bitcast(weights, halves), wide), b.sext(b.bitcast(x, halves), wide))
+    even, odd = (
+        b.shuffle_vector(
+            product, product, ir.Constant(ir.VectorType(_I32, LANES), list(range(at, 2 * LANES, 2)))
+        )
+        for at in (0, 1)
+    )
+    return b.add(total, b.add(even, odd))
+
+
+def sums_of(rows: int, instruction: bool) -> Callable[..., None]:
+    """An intrinsic: the sums of so many rows for CHANNELS outputs. With `instruction` integers are multiplied by
+    AVX512-VNNI's."""
+
+    @intrinsic
+    def sums(
+        context: Any, w: Any, w_at: Any, x: Any, x_at: Any, x_stride: Any, steps: Any, out: Any
+    ) -> tuple[Any, Callable[..., Any]]:
+        signature = types.void(w, types.intp, x, types.intp, types.intp, types.intp, out)
+        floats = w.dtype == types.float32
+        total_type = ir.VectorType(_F32 if floats else _I32, LANES)
+        size = LANES if floats else 2 * LANES  # elements of a step's weights for LANES outputs
+
+        def generate(context: Any, b: Builder, signature: Any, args: Any) -> Any:
+            w_array, w_at, x_array, x_at, x_stride, steps, out_array = args
+            w_data, x_data, out_data = (
+                context.make_array(kind)(context, b, value).data
+                for kind, value in ((w, w_array), (x, x_array), (out, out_array))
+            )
+            block_stride = b.mul(steps, _I64(size))
+            w_starts = [b.gep(w_data, [b.add(w_at, b.mul(block_stride, _I64(v)))]) for v in range(VECTORS)]
+            x_starts = [b.gep(x_data, [b.add(x_at, b.mul(x_stride, _I64(r)))]) for r in range(rows)]
+            before = b.block
+            loop, after = b.append_basic_block("inputs"), b.append_basic_block("summed")
+            b.branch(loop)
+
+            b.position_at_end(loop)
+            step = b.phi(_I64)
+            step.add_incoming(_I64(0), before)
+            totals = [b.phi(total_type) for _ in range(rows * VECTORS)]
+            for total in totals:
+                total.add_incoming(ir.Constant(total_type, [0] * LANES), before)
+            weights = []
+            for start in w_starts:
+                at = b.gep(start, [b.mul(step, _I64(size))])
+                if floats:
+                    weights.append(b.load(b.bitcast(at, total_type.as_pointer()), align=4))
+                else:
+                    eight = b.load(b.bitcast(at, ir.VectorType(ir.IntType(8), size).as_pointer()), align=1)
+                    weights.append(b.bitcast(b.sext(eight, ir.VectorType(ir.IntType(16), size)), total_type))
+            sums = []
+            for r, start in enumerate(x_starts):
+                at = b.gep(start, [step if floats else b.mul(step, _I64(2))])
+                both = b.load(at if floats else b.bitcast(at, _I32.as_pointer()), align=4 if floats else 2)
+                lanes = _lanes(b, both)
+                for v in range(VECTORS):
+                    total = totals[r * VECTORS + v]
+                    sums.append(
+                        _float_step(b, total, weights[v], lanes)
+                        if floats
+                        else _pair_step(b, total, weights[v], lanes, instruction)
+                    )
+            following = b.add(step, _I64(1))
+            step.add_incoming(following, loop)
+            for total, sum_ in zip(totals, sums, strict=True):
+                total.add_incoming(sum_, loop)
+            b.cbranch(b.icmp_signed("<", following, steps), loop, after)
+
+            b.position_at_end(after)
+            vector = ir.VectorType(_F32, LANES)
+            for i, sum_ in enumerate(sums):
+                value = sum_ if floats else b.sitofp(sum_, vector)
+                b.store(value, b.bitcast(b.gep(out_data, [_I64(i * LANES)]), vector.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return sums
+
+
+VNNI = WIDE and bool(FEATURES.get("avx512vnni"))
+_sums_1, _sums_2, _sums_4, _sums_6 = (sums_of(rows, VNNI) for rows in (1, 2, 4, MOST_ROWS))
+
+
+def _rounded(x, blocks):  # type: ignore[no-untyped-def]  # numba compares the signatures of these two
+    """What is multiplied with the blocks, [T, K'], and the step of each row, [T]: for float32 x itself."""
+    raise NotImplementedError
+
+
+@overload(_rounded)
+def _rounded_of(x, blocks):  # type: ignore[no-untyped-def]
+    if blocks.dtype == types.float32:
+        return lambda x, blocks: (x, NONE)
+    return lambda x, blocks: rounded(x)
+
+
+@numba.njit(fastmath=True, error_model="numpy", cache=True, nogil=True)
+def rounded(x: Floats) -> tuple[npt.NDArray[np.int16], Floats]:
+    """x [T, K] -> integers [T, K'] and the step of each row [T], with x ~ step integers; K' = K, made even. A row's
+    largest number becomes `most(K)`."""
+    wide_vectors()
+    T, K = x.shape
+    top = np.float32(min(32767, (2**31 - 1) // (127 * K)))
+    whole, steps = np.zeros((T, K + K % 2), np.int16), np.empty(T, np.float32)
+    for t in range(T):
+        row, to = x[t], whole[t]
+        largest = np.float32(0)
+        for k in range(K):
+            largest = max(largest, abs(row[k]))
+        steps[t] = largest / top
+        inverse = top / largest if largest > 0 else np.float32(0)
+        for k in range(K):
+            to[k] = np.int16(np.rint(row[k] * inverse))
+    return whole, steps
+
+
+@numba.njit(fastmath=True, error_model="numpy", cache=True, nogil=True)
+def _task(rows: Any, steps: Floats, w: Matrix, out: Floats, channel: int, first: int, last: int) -> None:
+    """The outputs from `channel` on, of the rows from `first` to `last`."""
+    wide_vectors()
+    pair = 1 if w.blocks.itemsize == 4 else 2
+    inner = rows.shape[1] // pair
+    width = min(CHANNELS, out.shape[1] - channel)
+    base = channel * rows.shape[1]
+    flat = rows.reshape(rows.size)
+    stride = rows.shape[1]
+    sums = np.empty(MOST_ROWS * CHANNELS, np.float32)
+    r = first
+    while r < last:
+        if last - r >= MOST_ROWS:
+            _sums_6(w.blocks, base, flat, r * stride, stride, inner, sums)
+            count = MOST_ROWS
+        elif last - r >= 4:
+            _sums_4(w.blocks, base, flat, r * stride, stride, inner, sums)
+            count = 4
+        elif last - r >= 2:
+            _sums_2(w.blocks, base, flat, r * stride, stride, inner, sums)
+            count = 2
+        else:
+            _sums_1(w.blocks, base, flat, r * stride, stride, inner, sums)
+            count = 1
+        for j in range(count):
+            y = out[r + j, channel : channel + width]
+            made = sums[j * CHANNELS : j * CHANNELS + width]
+            if w.scale.size > 0:
+                step, scale = steps[r + j], w.scale[channel : channel + width]
+                for c in range(width):
+                    made[c] = made[c] * (step * scale[c])
+            if w.bias.size > 0:
+                bias = w.bias[channel : channel + width]
+                for c in range(width):
+                    made[c] += bias[c]
+            for c in range(width):
+                y[c] = made[c]
+        r += count
+
+
+@numba.njit(fastmath=True, error_model="numpy", cache=True, nogil=True)
+def project_alone(x: Floats, w: Matrix, out: Floats) -> None:
+    """`project` on the calling thread."""
+    rows, steps = _rounded(x, w.blocks)
+    for channel in range(0, out.shape[1], CHANNELS):
+        _task(rows, steps, w, out, channel, 0, x.shape[0])
+
+
+@numba.njit(parallel=True, fastmath=True, error_model="numpy", cache=True, nogil=True)
+def project(
+    x: Floats,  # [T, K]
+    w: Matrix,
+    out: Floats,  # [T, N]
+) -> None:
+    """out = x w^T + bias, by all threads."""
+    T, N = out.shape
+    rows, steps = _rounded(x, w.blocks)
+    parts = (N + CHANNELS - 1) // CHANNELS
+    for task in numba.prange(parts * ((T + TOKENS - 1) // TOKENS)):
+        first = task // parts * TOKENS
+        _task(rows, steps, w, out, task % parts * CHANNELS, first, min(T, first + TOKENS))

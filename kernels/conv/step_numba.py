@@ -5,6 +5,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels.fastmath import silu as silu_of
+from kernels.fastmath import wide_vectors
 from kernels.pool import FlatPool
 
 Floats = npt.NDArray[np.float32]
@@ -27,25 +28,31 @@ def conv_step_numba(
 ) -> None:
     C, W = x.shape[1], taps.shape[0]
     blocks = (C + CHANNELS - 1) // CHANNELS
+    data = pool.data  # before the loop: numba takes a write through a member of a tuple for dead
     for task in numba.prange(slots.shape[0] * blocks):
+        wide_vectors()
         s, block = task // blocks, task % blocks
         first, last = block * CHANNELS, min(C, (block + 1) * CHANNELS)
-        base = pool.offset + slots[s] * pool.slot_stride + depths[s] * pool.depth_stride
-        state = pool.data[base : base + (W - 1) * C]
+        width = last - first
+        base = pool.offset + slots[s] * pool.slot_stride + depths[s] * pool.depth_stride + first
         for t in range(offsets[s], offsets[s + 1]):
             y, now = out[t, first:last], x[t, first:last]
-            for c in range(last - first):
-                y[c] = bias[first + c] + taps[W - 1, first + c] * now[c]
+            newest, start = taps[W - 1, first:last], bias[first:last]
+            for c in range(width):
+                y[c] = start[c] + newest[c] * now[c]
             for w in range(W - 1):
-                old = state[w * C + first : w * C + last]
-                for c in range(last - first):
-                    y[c] += taps[w, first + c] * old[c]
-            for w in range(W - 2):
-                state[w * C + first : w * C + last] = state[(w + 1) * C + first : (w + 1) * C + last]
-            if W > 1:
-                state[(W - 2) * C + first : (W - 2) * C + last] = now
+                tap, old = taps[w, first:last], data[base + w * C : base + w * C + width]
+                if w < W - 2:
+                    next_ = data[base + (w + 1) * C : base + (w + 1) * C + width]
+                    for c in range(width):
+                        y[c] += tap[c] * old[c]
+                        old[c] = next_[c]
+                else:
+                    for c in range(width):
+                        y[c] += tap[c] * old[c]
+                        old[c] = now[c]
             if silu:
-                for c in range(last - first):
+                for c in range(width):
                     y[c] = silu_of(y[c])
 
 

@@ -26,7 +26,9 @@ def decode(
 
 @app.command()
 def long(
-    model: Model = "zoo/gla",
+    model: Annotated[
+        list[str], typer.Option(help="may be given again; ops: a small random one for each op")
+    ] = ["zoo/gla"],  # noqa: B006
     tokens: Annotated[int, typer.Option(min=3000)] = 100_000,
     dtype: Dtype = "auto",
     threads: Threads = None,

@@ -101,14 +101,18 @@ async def send(h: House, name: str, method: MethodDescriptor, data: bytes) -> st
     return context.code.name
 
 
-async def fuzz(h: House, name: str, count: int, seconds: float, seed: int = 0) -> collections.Counter[str]:
+async def fuzz(
+    h: House, name: str, count: int, seconds: float, seed: int = 0, at_a_time: int = 1
+) -> collections.Counter[str]:
     rng = random.Random(f"{name} {seed}")
     codes: collections.Counter[str] = collections.Counter()
     until = time.monotonic() + seconds
-    for _ in range(count):
-        codes[await send(h, name, METHODS[name], body(rng, METHODS[name]))] += 1
-        if time.monotonic() > until:
-            break
+
+    async def sender() -> None:
+        while codes.total() < count and time.monotonic() < until:
+            codes[await send(h, name, METHODS[name], body(rng, METHODS[name]))] += 1
+
+    await asyncio.gather(*(sender() for _ in range(at_a_time)))
     return codes
 
 
@@ -135,7 +139,7 @@ async def main(count: int, seconds: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         async with house(tiny.checkpoint(Path(folder) / "tiny"), gateway=spec(Path(folder))) as h:
             for name in METHODS:
-                codes = await fuzz(h, name, count, seconds, seed=1)
+                codes = await fuzz(h, name, count, seconds, seed=1, at_a_time=64)
                 wrong = {code: n for code, n in codes.items() if code not in PROPER}
                 print(
                     f"{name}: {codes.total()} messages, {dict(codes)}{'  WRONG' if wrong else ''}", flush=True

@@ -227,6 +227,8 @@ class TorchRunner:
             self.model.fill(stage, self._parked[held], batch, self.pool.layers)
 
     def _batch(self, tick: Tick, rows: Rows, paths: PathTable) -> Batch:
+        if not tick.chunks:
+            return self._single(tick, rows, paths)
         owners = np.concatenate([tick.slots, np.array([c.sequence.slot for c in tick.chunks], np.int64)])
         nodes = np.concatenate([tick.nodes, np.array([c.node for c in tick.chunks], np.int64)])
         tokens = [chunk.passing for chunk in tick.chunks]
@@ -251,6 +253,18 @@ class TorchRunner:
             width=self._width(paths.widths(rows.path[owners]), lengths),
         )
 
+    def _single(self, tick: Tick, rows: Rows, paths: PathTable) -> Batch:
+        """The same where no prompt is on its way: one token of each row."""
+        slots, of = tick.slots, rows.path[tick.slots]
+        return Batch(
+            slots=self._tensor(rows.held(slots, paths.look("occurrence", of, tick.nodes))),
+            depths=self._tensor(paths.look("depth", of, tick.nodes)),
+            offsets=self._tensor(np.arange(len(slots) + 1)),
+            positions=self._tensor(rows.position[slots]),
+            seeds=self._tensor(rows.seed[slots].view(np.int64)),
+            width=self._width(paths.widths(of), np.ones_like(slots)),
+        )
+
     def _width(self, widths: Floats, lengths: Ints) -> float | Tensor:
         """Of all tokens where they agree; of each [T] otherwise."""
         if self.model.widths == (1.0,) or (widths == widths[0]).all():
@@ -260,8 +274,10 @@ class TorchRunner:
     def _grow(self, stage: int, batch: Batch) -> None:
         """Find pages for the entries that this tick appends."""
         for group, depths in self.model.appends(stage, batch.depths).items():
-            live = (batch.slots > 0) & (depths >= 0)
-            slots, at, tokens = (x[live].cpu().numpy() for x in (batch.slots, depths, batch.offsets.diff()))
+            slots, at, offsets = (x.cpu().numpy() for x in (batch.slots, depths, batch.offsets))
+            tokens, live = np.diff(offsets), (slots > 0) & (at >= 0)
+            if not live.all():
+                slots, at, tokens = slots[live], at[live], tokens[live]
             self._entries[stage][slots, at] += tokens
             self.pool.pages[group].reach(slots, at, self._entries[stage][slots, at])
 
@@ -277,6 +293,8 @@ class TorchRunner:
 
     def _enter(self, tick: Tick, rows: Rows) -> Tensor:
         """The rows [T, row_width] that the stage works on: embedded where they begin, as they were parked elsewhere."""
+        if not tick.chunks:
+            return self._enter_rows(tick, rows)
         tokens = [chunk.passing for chunk in tick.chunks]
         fresh = [
             tick.nodes == 0,
@@ -293,6 +311,16 @@ class TorchRunner:
         if begins.any():
             entering[self._tensor(begins)] = self.model.embed(self._tensor(all_ids[begins]))
         return entering
+
+    def _enter_rows(self, tick: Tick, rows: Rows) -> Tensor:
+        """The same where no prompt is on its way."""
+        begins = tick.nodes == 0
+        if begins.all():
+            return self.model.embed(self._tensor(rows.token[tick.slots]))
+        parked = self._parked[self._tensor(tick.slots)]
+        if begins.any():
+            parked[self._tensor(begins)] = self.model.embed(self._tensor(rows.token[tick.slots[begins]]))
+        return parked
 
     def _park(self, tick: Tick, after: Tensor) -> None:
         """Keep what the stage made of its rows until their next one."""

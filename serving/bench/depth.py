@@ -48,8 +48,8 @@ LARGER: dict[str, Any] = {
 
 SLICE_S = 0.1  # seconds of one way before the next has its turn
 LONGEST_S = 2.5  # seconds of one way in all
-WARM_UP = 8  # tokens of each sequence before anything is timed
-PROMPT = 24  # tokens
+WARM_UP = 6  # tokens of each sequence before anything is timed
+PROMPT = 8  # tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -382,13 +382,14 @@ class Scheduler:
         return owners, nodes, self.rows.path[owners]
 
     def _want(self, tick: Tick) -> None:
-        """Note the signals that decide about the tokens of a tick. Tokens that have not come to their floor stay
-        whatever a signal says, so none is computed for them, unless it counts passes."""
+        """Note the signals that decide about the tokens of a tick. Where a token goes the same way whatever a signal
+        says, before its floor and after the last pass, none is computed, unless it counts passes."""
         owners, nodes, paths = self._tokens(tick)
         signal = self.rows.signal[owners]
         above = self.paths.look("units", paths, nodes) < self.rows.floor[owners]
         signal[above & (signal != COUNTING)] = IDLE
-        signal[self.paths.look("exit_to", paths, nodes) == NOWHERE] = IDLE
+        exit_to = self.paths.look("exit_to", paths, nodes)
+        signal[(exit_to == NOWHERE) | (exit_to == nodes + 1)] = IDLE
         for index in sorted(set(signal.tolist()) - {IDLE}):
             tick.wanted[SIGNALS[index]] = np.flatnonzero(signal == index)
 

@@ -54,3 +54,14 @@ def as_float32(x: torch.Tensor) -> npt.NDArray[np.float32]:
     if x.dtype is not torch.float32:
         x = x.float()
     return (x if x.is_contiguous() else x.contiguous()).numpy()
+
+
+def inference(x: torch.Tensor) -> bool:
+    """Whether x is what CPU kernels take in place of torch's operators: float32, and nobody asks for gradients."""
+    return (
+        x.dtype is torch.float32
+        and not x.is_cuda
+        and not x.is_meta
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.gated import silu_product
 from kernels.linear import Blocked, linear
 from kernels.norm import few, rms_norm_step
 from kernels.pool import Floats
+from kernels.rotary import rotate_
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -50,16 +52,16 @@ class RMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size)) if bias else None
         self.size = (size,)
         self.eps = eps
-        self._array: Floats | None = None  # the weight, for decoding on a CPU
+        self.array: Floats | None = None  # the weight, for decoding on a CPU
 
     def prepare(self) -> None:
         weight = torch.ones(self.size) if self.weight is None else self.weight.detach()
         if weight.is_cpu and weight.dtype is torch.float32 and self.bias is None:
-            self._array = weight.numpy()
+            self.array = weight.numpy()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._array is not None and few(x):
-            return rms_norm_step(x, self._array, self.eps)
+        if self.array is not None and few(x):
+            return rms_norm_step(x, self.array, self.eps)
         y = F.rms_norm(
             x if self.weight is None else x.to(self.weight.dtype), self.size, self.weight, self.eps
         )
@@ -77,12 +79,12 @@ class OffsetRMSNorm(RMSNorm):
         assert self.weight is not None
         self._scale = 1 + self.weight.float()
         if self.weight.is_cpu:
-            self._array = self._scale.numpy()
+            self.array = self._scale.numpy()
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
-        if self._array is not None and few(x):
-            return rms_norm_step(x, self._array, self.eps)
+        if self.array is not None and few(x):
+            return rms_norm_step(x, self.array, self.eps)
         scale = 1 + self.weight.float() if self._scale is None else self._scale
         return F.rms_norm(x.float(), self.size, scale, self.eps).to(x.dtype)
 
@@ -207,6 +209,9 @@ class GatedMLP(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.activation is F.silu:
+            (both,) = self.gate_up(x, (sum(self.sizes),))
+            return self.down_proj(silu_product(both))
         gate, up = self.gate_up(x, self.sizes)
         return self.down_proj(self.activation(gate) * up)
 
@@ -237,12 +242,20 @@ class Rotary:
         cos, sin = self._angles(q, positions)
         return self._turn(q, cos, sin), self._turn(k, cos, sin)
 
+    def rotate_(self, x: Tensor, positions: Tensor, heads: int, head_dim: int) -> None:
+        """The first heads of x [T, at least heads * head_dim], float32 on a CPU, in place."""
+        rotate_(x, positions, self._known(x.device), heads, head_dim, self.interleaved)
+
+    def _known(self, device: torch.device) -> Tensor:
+        """Frequencies, [dim / 2]."""
+        if self._frequencies is None or self._frequencies.device != device:
+            exponents = torch.arange(0, self.dim, 2, device=device).float() / self.dim
+            self._frequencies = 1.0 / self.base**exponents
+        return self._frequencies
+
     def _angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine, [T, 1, dim / 2] each."""
-        if self._frequencies is None or self._frequencies.device != x.device:
-            exponents = torch.arange(0, self.dim, 2, device=x.device).float() / self.dim
-            self._frequencies = 1.0 / self.base**exponents
-        angles = (positions.float()[:, None] * self._frequencies)[:, None]
+        angles = (positions.float()[:, None] * self._known(x.device))[:, None]
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -31,9 +31,10 @@ class Pages:
     def reach(self, slots: Ints, depths: Ints, entries: Ints) -> None:
         """Make room for so many entries at each (slot, depth), if there is less. Raises IndexError when no page is
         left: admission looks first."""
-        self.entries[slots, depths] = np.maximum(self.entries[slots, depths], entries)
-        wanted = -(-self.entries[slots, depths] // PAGE)
-        for at in np.flatnonzero(wanted > self.held[slots, depths]):
+        reached = np.maximum(self.entries[slots, depths], entries)
+        self.entries[slots, depths] = reached
+        wanted = -(-reached // PAGE)
+        for at in np.flatnonzero(wanted > self.held[slots, depths]).tolist():
             self._grow(int(slots[at]), int(depths[at]), int(wanted[at]))
 
     def _grow(self, slot: int, depth: int, pages: int) -> None:

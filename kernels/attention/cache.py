@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.pool import PADDING_SLOT, flat
+from kernels.pool import PADDING_SLOT, as_float32, flat
 
 Pair = tuple[Tensor, Tensor]
 
@@ -73,6 +73,15 @@ def append_each(
 ) -> None:
     """Append one entry to each of several (slot, depth), all of them different, the padding slot aside: k [N, Hkv, D],
     v [N, Hkv, Dv], without waiting for the device."""
+    if not k.is_cuda and k_pages.dtype is torch.float32:
+        from kernels.attention.step_numba import append_each_numba
+
+        flat_k, flat_v, flat_count = flat_cache(k_pages), flat_cache(v_pages), flat(count_pool)
+        append_each_numba(
+            as_float32(k), as_float32(v), flat_k.data, flat_v.data, flat_k, flat_v, k_pages.shape[1], flat(tables),
+            flat_count.data, flat_count, slots.numpy(), depths.numpy(),
+        )  # fmt: skip
+        return
     count = count_pool[slots, depths, 0]
     at = count.long()
     pages, inside = tables[slots, depths, at // k_pages.shape[1]], at % k_pages.shape[1]

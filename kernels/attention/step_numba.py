@@ -341,3 +341,32 @@ def attention_step_numba(
             at = count_pool.offset + slots[s] * count_pool.slot_stride + depths[s] * count_pool.depth_stride
             count_data[at] += np.float32(length)
     return -1
+
+
+@numba.njit(cache=True, nogil=True)
+def append_each_numba(
+    new_k: Floats,  # [N, Hkv, D]
+    new_v: Floats,  # [N, Hkv, Dv]
+    k_data: Floats,  # the flat array of k_cache
+    v_data: Floats,
+    k_cache: FlatCache,
+    v_cache: FlatCache,
+    block: int,  # entries of a page
+    tables: FlatPool,
+    count_data: Floats,  # the flat array of count_pool
+    count_pool: FlatPool,
+    slots: Ints,  # [N]
+    depths: Ints,  # [N]
+) -> None:
+    """One entry more for each (slot, depth), in pages that are there."""
+    width_k, width_v = new_k.shape[1] * new_k.shape[2], new_v.shape[1] * new_v.shape[2]
+    keys, values = new_k.reshape(new_k.size), new_v.reshape(new_v.size)
+    for s in range(slots.shape[0]):
+        at = count_pool.offset + slots[s] * count_pool.slot_stride + depths[s] * count_pool.depth_stride
+        count = np.int64(count_data[at])
+        to = _address(k_cache, width_k, block, tables, True, slots[s], depths[s], count)
+        k_data[to : to + width_k] = keys[s * width_k : (s + 1) * width_k]
+        to = _address(v_cache, width_v, block, tables, True, slots[s], depths[s], count)
+        v_data[to : to + width_v] = values[s * width_v : (s + 1) * width_v]
+        if slots[s] != PADDING_SLOT:
+            count_data[at] = count + 1

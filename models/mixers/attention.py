@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from kernels.attention import attention_paged, attention_ring
 from kernels.attention.cache import append_each
+from kernels.linear import linear
+from kernels.pool import inference
 from models.batch import Batch
 from models.decoder import Mixer
 from models.layers import Linear, Packed, Rotary
@@ -46,6 +48,7 @@ class Attention(Mixer):
         self.qkv = Packed(hidden, parts, bias=qkv_bias)
         self.o_proj = Linear(heads * head_dim, hidden, bias=out_bias)
         self.q_norm, self.k_norm, self.norm_heads = q_norm, k_norm, norm_heads
+        self._bare = q_norm is None and k_norm is None and type(self).prepared is Attention.prepared
         self.shared = (
             False  # all depths of a looped model read what the first one wrote (recursive KV sharing)
         )
@@ -72,6 +75,12 @@ class Attention(Mixer):
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, hidden] -> q [T, heads, head_dim], k and v [T, kv_heads, head_dim], normed and rotated."""
+        if self.rotary is not None and self._bare and inference(x):
+            (made,) = self.qkv(x, (sum(self.qkv.sizes),))
+            self.rotary.rotate_(made, positions, self.heads + self.kv_heads, self.head_dim)
+            heads = self.heads, self.kv_heads, self.kv_heads
+            q, k, v = made.view(len(made), -1, self.head_dim).split(heads, 1)
+            return q, k, v
         q, k, v = self.qkv(x)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
         return self.prepared(q, k, v, positions)
@@ -109,8 +118,23 @@ class Attention(Mixer):
         if state is None or self.window is not None or batch.segments != len(x):
             self(x, batch, state)
             return
-        _, k, v = self.project(x, batch.positions)
+        k, v = self._entries(x, batch.positions)
         append_each(k, v, state["k"], state["v"], state["tables"], state["count"], batch.slots, batch.depths)
+
+    def _entries(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v of `project`, without q where no kind of attention has a way of its own."""
+        own = type(self).project is not Attention.project or type(self).prepared is not Attention.prepared
+        if own or self.qkv.int8 is not None or self.qkv._forward_hooks:
+            return self.project(x, positions)[1:]
+        first = self.heads * self.head_dim
+        bias = None if self.qkv.bias is None else self.qkv.bias[first:]
+        y = linear(x, self.qkv.weight[first:], bias).unflatten(-1, (-1, self.head_dim))
+        k, v = y.chunk(2, -2)
+        if self.rotary is not None and self._bare and inference(x):
+            self.rotary.rotate_(y.flatten(1), positions, self.kv_heads, self.head_dim)
+            return k, v
+        k = self._normed(self.k_norm, k)
+        return (k if self.rotary is None else self.rotary(k, positions)), v
 
     def flops(self) -> int:
         """Reading one entry; how many there are is not known here."""

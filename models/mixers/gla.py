@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.outer import outer
+from kernels.outer.gla import gla_step
+from kernels.pool import Floats, inference
 from models.batch import Batch
 from models.decoder import Decoder, Mixer
 from models.fla import ACTIVATIONS, NAMES, HeadsConfig, activation, decoder
@@ -58,12 +60,15 @@ class GLA(Mixer):
         if c.fuse_norm and c.use_output_gate and c.hidden_act == "swish":
             saved_as("g_norm_swish_gate", self.g_norm)
         self.o_proj = Linear(H * V, c.hidden_size, bias=False)
+        self._plain = Hkv == H and self.clamp_min is None and self.feature_map is None
 
     def leaves(self) -> LayerLeaves:
         S = Leaf((self.kv_heads, self.K, self.V))
         return {"S": S} if self.conv is None else {"S": S, "conv": self.conv.leaf()}
 
     def forward(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
+        if state is not None and self.g_norm.array is not None and self._plain and inference(x):
+            return self._in_one_call(x, batch, state, self.g_norm.array)
         qkv, low, *gate = self.in_proj(x, (sum(self.qkv), *self.in_proj.sizes[3:]))
         if self.conv is not None:
             qkv = self.conv(qkv, batch, pool_of(state, "conv"))
@@ -85,6 +90,25 @@ class GLA(Mixer):
         o = self.g_norm(o).flatten(-2)
         if self.gated:
             o = o * F.silu(gate[0])
+        return self.o_proj(o)
+
+    def _in_one_call(self, x: Tensor, batch: Batch, state: LayerState, weight: Floats) -> Tensor:
+        """The same on a CPU."""
+        (made,) = self.in_proj(x, (sum(self.in_proj.sizes),))
+        first, gate = sum(self.qkv), sum(self.qkv) + GATE_LOW_RANK_DIM
+        qkv = made if self.conv is None else self.conv(made[:, :first], batch, pool_of(state, "conv"))
+        o = gla_step(
+            qkv,
+            self.gk_proj["1"](made[:, first:gate]),
+            made,
+            gate if self.gated else -1,
+            weight,
+            state["S"],
+            *batch.index,
+            normalizer=GATE_LOGIT_NORMALIZER,
+            scale=self.K**-0.5,
+            eps=self.g_norm.eps,
+        )
         return self.o_proj(o)
 
     def flops(self) -> int:

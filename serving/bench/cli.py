@@ -106,11 +106,21 @@ def depth(
         ),
     ] = None,
     sequences: Annotated[list[int], typer.Option(help="may be given again")] = [8, 32, 128],  # noqa: B006
-    tokens: Annotated[int, typer.Option(min=1, help="of each sequence")] = 48,
+    tokens: Annotated[int, typer.Option(min=1, help="of each sequence at most")] = 96,
     dtype: Dtype = "auto",
     threads: Threads = None,
+    batch_invariant: Annotated[bool, typer.Option(help="as served by default")] = True,
+    processor_time: Annotated[bool, typer.Option(help="of one thread, for a machine that is busy")] = False,
 ) -> None:
     """Early exits in lock-step batches and continuously, against the full depth and the ideal."""
     from serving.bench import depth as bench
 
-    bench.run(model or [], sequences, tokens, dtype, threads)
+    bench.run(
+        model or [],
+        sequences,
+        tokens,
+        dtype,
+        threads,
+        batch_invariant=batch_invariant,
+        processor_time=processor_time,
+    )

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from rich.progress import track
 
+from kernels.invariance import use_invariance
 from models.checkpoint import ZOO
 from models.decoder import Decoder
 from models.load import load, pick_device, pick_dtype, prepare
@@ -46,8 +47,9 @@ LARGER: dict[str, Any] = {
 """The larger model of random weights, in the shape of Ouro: all of eight layers up to four times."""
 
 SLICE_S = 0.1  # seconds of one way before the next has its turn
-WARM_UP = 8  # tokens of each sequence before anything is timed
-PROMPT = 24  # tokens
+LONGEST_S = 2.5  # seconds of one way in all
+WARM_UP = 6  # tokens of each sequence before anything is timed
+PROMPT = 8  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class Way(Observer):
     """An engine with all its sequences decoding, and what it has done."""
 
     engine: Engine
+    clock: Callable[[], float] = time.perf_counter
     seconds: float = 0.0
     tokens: int = 0
     units: int = 0
@@ -83,9 +86,9 @@ class Way(Observer):
             self.ids[str(i)] = []
 
     def step(self) -> None:
-        begun = time.perf_counter()
+        begun = self.clock()
         outputs = self.engine.step()
-        taken = time.perf_counter() - begun
+        taken = self.clock() - begun
         self.seconds += taken
         for out in outputs:
             self.ids[out.request_id] += out.ids
@@ -193,41 +196,51 @@ def ideal(model: Decoder, ticks: dict[int, list[float]], mean_depth: float) -> f
 
 
 def measure(
-    model: Decoder, name: str, exits: Exits, sequences: int, tokens: int, prompts: list[list[int]]
-) -> dict[str, Any]:
-    """All three ways, `tokens` tokens of each sequence on average."""
-    longest = 4 * (tokens + WARM_UP) + PROMPT
-    full = model.path().full_depth
+    model: Decoder,
+    name: str,
+    distributions: list[Exits],
+    tokens: int,
+    prompts: list[list[int]],
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[dict[str, Any]]:
+    """A row for each distribution of exits: all ways take turns, until each has made `tokens` tokens of each
+    sequence on average, or has had LONGEST_S."""
+    longest, sequences = 4 * (tokens + WARM_UP) + PROMPT, len(prompts)
 
-    def way(
-        policies: tuple[DepthPolicy, ...], prepared: Callable[[Engine], None] = lambda engine: None
-    ) -> Way:
-        kind = TorchRunner if exits.stays is None else Replaying
-        runner = kind(model, sequences, max_tokens=longest)
+    def way(exits: Exits, policies: tuple[DepthPolicy, ...], lock_step: bool = False) -> Way:
+        runner = (TorchRunner if exits.stays is None else Replaying)(model, sequences, max_tokens=longest)
         if isinstance(runner, Replaying):
-            runner.trace = trace_of(sequences, longest, full, exits.stays or 0.0)
-        engine = Engine(runner, sequences, max_tokens=longest, max_waiting=sequences)
-        prepared(engine)
-        made = Way(engine)
+            runner.trace = trace_of(sequences, longest, model.path().full_depth, exits.stays or 0.0)
+        engine = Engine(runner, sequences, max_tokens=longest, max_waiting=sequences, clock=clock)
+        if lock_step:
+            engine.scheduler.chooser = LockStep(runner.first_stage, runner.final_stages)
+        made = Way(engine, clock)
         made.start(prompts, policies)
         made.warm_up()
         return made
 
-    def in_lock_step(engine: Engine) -> None:
-        engine.scheduler.chooser = LockStep(engine.runner.first_stage, engine.runner.final_stages)
+    everything = way(distributions[0], (DepthPolicy.full(),))
+    pairs = [(way(e, e.policies, lock_step=True), way(e, e.policies)) for e in distributions]
+    going = [everything, *(w for pair in pairs for w in pair)]
+    while going:
+        for w in going:
+            w.turn()
+        going = [w for w in going if w.tokens < tokens * sequences and w.seconds < LONGEST_S]
+    return [_row(model, name, e, everything, *pair) for e, pair in zip(distributions, pairs, strict=True)]
 
-    ways = [way((DepthPolicy.full(),)), way(exits.policies, in_lock_step), way(exits.policies)]
-    while any(w.tokens < tokens * sequences for w in ways):
-        min(ways, key=lambda w: w.tokens).turn()
-    everything, lock_step, continuous = ways
-    best = ideal(model, everything.ticks, continuous.units / continuous.tokens)
+
+def _row(
+    model: Decoder, name: str, exits: Exits, everything: Way, lock_step: Way, continuous: Way
+) -> dict[str, Any]:
+    depth = continuous.units / continuous.tokens
+    best = ideal(model, everything.ticks, depth)
     ratio = continuous.rate / everything.rate
     return {
         "model": name,
         "exits": exits.name,
-        "sequences": sequences,
+        "sequences": len(continuous.ids),
         "tokens_per_s": round(continuous.rate, 1),
-        "mean_depth": round(continuous.units / continuous.tokens, 3),
+        "mean_depth": round(depth, 3),
         "ratio_vs_full": round(ratio, 3),
         "ratio_vs_lockstep": round(continuous.rate / lock_step.rate, 3),
         "ideal": round(best, 3),
@@ -275,20 +288,34 @@ def prompts_for(model: Decoder, tokenizer: Any, sequences: int) -> list[list[int
     return [ids[start : start + PROMPT] for start in starts]
 
 
-def run(names: list[str], sequences: list[int], tokens: int, dtype: str, threads: int | None) -> None:
-    use_threads(threads)
+def run(
+    names: list[str],
+    sequences: list[int],
+    tokens: int,
+    dtype: str,
+    threads: int | None,
+    *,
+    batch_invariant: bool = True,
+    processor_time: bool = False,
+) -> None:
+    """With `processor_time` one thread works, and its time on the processor is what counts: on a machine that others
+    use as well, the clock says more about them."""
+    clock = time.thread_time if processor_time else time.perf_counter
+    use_threads(1 if processor_time else threads)
+    use_invariance(batch_invariant)
     rows = []
     for name in names or [*zoo(), RANDOM]:
         loaded = None if name == RANDOM else load(name, dtype)
         model = larger(dtype) if loaded is None else loaded.model
         if all(node.exit_to == NOWHERE for node in model.path().nodes):
             raise InvalidArgumentError("model", name, "every token of this model takes all of its layers")
-        for exits in exits_of(model, replayed=loaded is None):
-            for count in track(sequences, description=f"{name}, exits {exits.name}", transient=True):
-                prompts = prompts_for(model, loaded and loaded.tokenizer, count)
-                rows.append(measure(model, name, exits, count, tokens, prompts))
+        exits = exits_of(model, replayed=loaded is None)
+        for count in track(sequences, description=name, transient=True):
+            prompts = prompts_for(model, loaded and loaded.tokenizer, count)
+            rows += measure(model, name, exits, tokens, prompts, clock)
+    counted = "of the processor" if processor_time else "by the clock"
     report(
-        f"depth-wise batching, {torch.get_num_threads()} threads, {tokens} tokens of each sequence",
+        f"depth-wise batching, {torch.get_num_threads()} threads, times {counted}",
         (key.replace("_", " ") for key in rows[0]),
         (map(str, row.values()) for row in rows),
         {"bench": "depth", "rows": rows},

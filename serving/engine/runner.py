@@ -193,7 +193,6 @@ class TorchRunner:
     @torch.inference_mode()
     def run(self, tick: Tick, rows: Rows, paths: PathTable) -> Result:
         batch = self._batch(tick, rows, paths)
-        self._grow(tick.stage, batch)
         before = self._enter(tick, rows)
         after = self._pass(tick.stage, before, batch)
         if tick.final:
@@ -223,10 +222,13 @@ class TorchRunner:
                 positions=self._tensor(rows.position[slots]),
                 seeds=self._tensor(rows.seed[slots].view(np.int64)),
             )
-            self._grow(stage, batch)
+            self._grow(stage, slots, depths, np.ones_like(slots))
             self.model.fill(stage, self._parked[held], batch, self.pool.layers)
 
     def _batch(self, tick: Tick, rows: Rows, paths: PathTable) -> Batch:
+        """What the tick works on, with room for what it appends."""
+        if not tick.chunks:
+            return self._single(tick, rows, paths)
         owners = np.concatenate([tick.slots, np.array([c.sequence.slot for c in tick.chunks], np.int64)])
         nodes = np.concatenate([tick.nodes, np.array([c.node for c in tick.chunks], np.int64)])
         tokens = [chunk.passing for chunk in tick.chunks]
@@ -241,14 +243,32 @@ class TorchRunner:
             *(~np.isin(t, c.active) for c, t in zip(tick.chunks, tokens, strict=True)),
         ]
         any_ghosts = any(g.any() for g in ghosts[1:])
+        held = rows.held(owners, paths.look("occurrence", rows.path[owners], nodes))
+        depths = paths.look("depth", rows.path[owners], nodes)
+        self._grow(tick.stage, held, depths, lengths)
         return Batch(
-            slots=self._tensor(rows.held(owners, paths.look("occurrence", rows.path[owners], nodes))),
-            depths=self._tensor(paths.look("depth", rows.path[owners], nodes)),
+            slots=self._tensor(held),
+            depths=self._tensor(depths),
             offsets=self._tensor(np.concatenate([[0], lengths.cumsum()])),
             positions=self._tensor(np.concatenate(positions)),
             seeds=self._tensor(rows.seed[owners].view(np.int64)),
             ghosts=self._tensor(np.concatenate(ghosts)) if any_ghosts else None,
             width=self._width(paths.widths(rows.path[owners]), lengths),
+        )
+
+    def _single(self, tick: Tick, rows: Rows, paths: PathTable) -> Batch:
+        """The same where no prompt is on its way: one token of each row."""
+        slots, of = tick.slots, rows.path[tick.slots]
+        held = rows.held(slots, paths.look("occurrence", of, tick.nodes))
+        depths = paths.look("depth", of, tick.nodes)
+        self._grow(tick.stage, held, depths, np.ones_like(slots))
+        return Batch(
+            slots=self._tensor(held),
+            depths=self._tensor(depths),
+            offsets=self._tensor(np.arange(len(slots) + 1)),
+            positions=self._tensor(rows.position[slots]),
+            seeds=self._tensor(rows.seed[slots].view(np.int64)),
+            width=self._width(paths.widths(of), np.ones_like(slots)),
         )
 
     def _width(self, widths: Floats, lengths: Ints) -> float | Tensor:
@@ -257,13 +277,15 @@ class TorchRunner:
             return float(widths[0])
         return self._tensor(widths.repeat(lengths)).to(self.model.dtype)
 
-    def _grow(self, stage: int, batch: Batch) -> None:
-        """Find pages for the entries that this tick appends."""
-        for group, depths in self.model.appends(stage, batch.depths).items():
-            live = (batch.slots > 0) & (depths >= 0)
-            slots, at, tokens = (x[live].cpu().numpy() for x in (batch.slots, depths, batch.offsets.diff()))
-            self._entries[stage][slots, at] += tokens
-            self.pool.pages[group].reach(slots, at, self._entries[stage][slots, at])
+    def _grow(self, stage: int, slots: Ints, depths: Ints, lengths: Ints) -> None:
+        """Find pages for the entries that this tick appends: so many at each slot and depth. Not a number of it has to
+        come back from the device."""
+        for group, appended in self.model.appends(stage, torch.from_numpy(depths)).items():
+            at = appended.numpy()
+            live = (slots > 0) & (at >= 0)
+            there = slots[live], at[live]
+            self._entries[stage][there] += lengths[live]
+            self.pool.pages[group].reach(*there, self._entries[stage][there])
 
     def _make_room(self, index: Tensor, batch: Batch) -> None:
         """Find pages for entries that intermediate predictions append, and take back, at the final stage."""
@@ -277,6 +299,8 @@ class TorchRunner:
 
     def _enter(self, tick: Tick, rows: Rows) -> Tensor:
         """The rows [T, row_width] that the stage works on: embedded where they begin, as they were parked elsewhere."""
+        if not tick.chunks:
+            return self._enter_rows(tick, rows)
         tokens = [chunk.passing for chunk in tick.chunks]
         fresh = [
             tick.nodes == 0,
@@ -293,6 +317,16 @@ class TorchRunner:
         if begins.any():
             entering[self._tensor(begins)] = self.model.embed(self._tensor(all_ids[begins]))
         return entering
+
+    def _enter_rows(self, tick: Tick, rows: Rows) -> Tensor:
+        """The same where no prompt is on its way."""
+        begins = tick.nodes == 0
+        if begins.all():
+            return self.model.embed(self._tensor(rows.token[tick.slots]))
+        parked = self._parked[self._tensor(tick.slots)]
+        if begins.any():
+            parked[self._tensor(begins)] = self.model.embed(self._tensor(rows.token[tick.slots[begins]]))
+        return parked
 
     def _park(self, tick: Tick, after: Tensor) -> None:
         """Keep what the stage made of its rows until their next one."""

@@ -22,7 +22,7 @@ from serving.engine.slots import SlotPool, TokenBudget
 from serving.engine.waiting import WaitingQueue
 from serving.errors import InvalidArgumentError, OverloadedError
 
-UNREPEATABLE = [ExitReason.GOVERNED, ExitReason.OUT_OF_TIME]
+COUNTING = SIGNALS.index("argmax")
 Skipped = tuple[int, Ints, Ints]
 """A stage, slots, and the depth of each: passes that rows do without."""
 
@@ -185,7 +185,8 @@ class Scheduler:
             return []
         exit_to = self.paths.look("exit_to", paths, nodes)
         leave, reasons = self._leaving(tick, owners, units, signals)
-        for slot in np.unique(owners[np.isin(reasons, UNREPEATABLE) & leave]).tolist():
+        unrepeatable = leave & ((reasons == ExitReason.GOVERNED) | (reasons == ExitReason.OUT_OF_TIME))
+        for slot in owners[unrepeatable].tolist():
             self.running[slot].tainted = True
         leave &= exit_to != NOWHERE
         reasons[~leave] = ExitReason.FULL_DEPTH
@@ -358,6 +359,8 @@ class Scheduler:
     def _parked(self) -> "_Parked":
         slots = np.flatnonzero(self.rows.node != IDLE)
         stages = self.paths.look("stage", self.rows.path[slots], self.rows.node[slots])
+        if not self._chunks:
+            return _Parked(slots, stages, np.ones_like(slots), self.rows.since[slots])
         return _Parked(
             slots,
             np.concatenate([stages, np.array([self._stage_of(chunk) for chunk in self._chunks], np.int64)]),
@@ -367,6 +370,8 @@ class Scheduler:
 
     def _tokens(self, tick: Tick) -> tuple[Ints, Ints, Ints]:
         """For each token of a tick: the slot whose policy holds, its node, and its path."""
+        if not tick.chunks:
+            return tick.slots, tick.nodes, self.rows.path[tick.slots]
         lengths = [len(chunk.active) for chunk in tick.chunks]
         owners = np.concatenate(
             [tick.slots, np.repeat([c.sequence.slot for c in tick.chunks], lengths).astype(np.int64)]
@@ -377,11 +382,15 @@ class Scheduler:
         return owners, nodes, self.rows.path[owners]
 
     def _want(self, tick: Tick) -> None:
-        """Note the signals that decide about the tokens of a tick."""
+        """Note the signals that decide about the tokens of a tick. Where a token goes the same way whatever a signal
+        says, before its floor and after the last pass, none is computed, unless it counts passes."""
         owners, nodes, paths = self._tokens(tick)
         signal = self.rows.signal[owners]
-        signal[self.paths.look("exit_to", paths, nodes) == NOWHERE] = IDLE
-        for index in np.unique(signal[signal != IDLE]):
+        above = self.paths.look("units", paths, nodes) < self.rows.floor[owners]
+        signal[above & (signal != COUNTING)] = IDLE
+        exit_to = self.paths.look("exit_to", paths, nodes)
+        signal[(exit_to == NOWHERE) | (exit_to == nodes + 1)] = IDLE
+        for index in sorted(set(signal.tolist()) - {IDLE}):
             tick.wanted[SIGNALS[index]] = np.flatnonzero(signal == index)
 
     def _leaving(

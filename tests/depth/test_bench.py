@@ -14,7 +14,7 @@ from tests import tiny
 def test_the_three_ways_give_the_same_tokens(tmp_path: Path) -> None:
     model = load(tiny.checkpoint(tmp_path, tiny.LOOPED, text=False), dtype="float32").model
     exits = bench.Exits("medium", (DepthPolicy.gate(0.5),), stays=0.5)
-    row = bench.measure(model, "tiny", exits, 3, 4, [[1, 2], [3], [4, 5, 6]])
+    [row] = bench.measure(model, "tiny", [exits], 4, [[1, 2], [3], [4, 5, 6]])
     assert row["tokens_identical"] and 1 < row["mean_depth"] < 3
     assert row["ratio_vs_full"] / row["ideal"] == pytest.approx(row["share_of_ideal"], abs=2e-3)
 

@@ -19,6 +19,7 @@ from kernels.attention import (
     attention_ring,
     attention_scan,
 )
+from kernels.attention.cache import append_each
 from kernels.attention.launch import blocks
 from tests.kernels.compile_ahead import compile_ahead
 from tests.kernels.pools import poisoned_pool, untouched
@@ -449,3 +450,21 @@ def test_appending_compiles_ahead_for_sm_90_without_spills() -> None:
     cost = compile_ahead("kernels.attention.step_triton", "attention_append_kernel", options)
     print(f"append: {cost['registers']} registers, {cost['spills']} bytes spilled")
     assert cost["spills"] == 0
+
+
+def test_one_entry_for_each_of_several() -> None:
+    """In numba as torch's indexing does it: entries that bfloat16 holds exactly go one way and the other."""
+    slots, depths = torch.tensor([2, 0, 1]), torch.tensor([1, 0, 1])
+    tables = torch.zeros(3, 2, 2, dtype=torch.int64)
+    tables[1, 1], tables[2, 1] = torch.tensor([3, 1]), torch.tensor([4, 2])
+    kept = []
+    for dtype in (torch.float32, torch.bfloat16):
+        k_pages, v_pages = torch.zeros(5, 4, 2, 3, dtype=dtype), torch.zeros(5, 4, 2, 5, dtype=dtype)
+        count = torch.zeros(3, 2, 1)
+        for turn in range(6):  # over the end of a page
+            k = torch.arange(18.0).view(3, 2, 3) + turn
+            v = torch.arange(30.0).view(3, 2, 5) - turn
+            append_each(k, v, k_pages, v_pages, tables, count, slots, depths)
+        kept.append((k_pages.float()[1:], v_pages.float()[1:], count))  # page 0 is padding
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+    assert kept[0][2][:, 1, 0].tolist() == [0, 6, 6]

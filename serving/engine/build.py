@@ -9,7 +9,7 @@ from serving.config import ModelSpec
 from serving.engine.backend import Runner
 from serving.engine.core import Request
 from serving.engine.depth import DepthPolicy
-from serving.engine.description import Description
+from serving.engine.description import Description, identity
 from serving.engine.engine import Engine
 from serving.engine.grammar import Grammars
 from serving.engine.observer import Observer
@@ -53,7 +53,7 @@ def build(spec: ModelSpec, observer: Observer | None = None) -> tuple[Engine, Lo
         family=loaded.family,
         parameters=model.parameter_count(),
         vocab_size=model.vocab_size,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=_dtype(loaded),
         device=str(model.device),
         layers=len(model.layers),
         max_tokens=engine.max_tokens,
@@ -106,7 +106,7 @@ def make_engine(
             slots,
             max_tokens=max_tokens,
             token_capacity=kv_tokens,
-            fingerprint=f"{loaded.fingerprint}/{loaded.model.dtype}",
+            fingerprint=identity(loaded.fingerprint, _dtype(loaded)),
         ),
         slots,
         eos_token_ids=loaded.eos_token_ids,
@@ -128,6 +128,10 @@ def warm_up(engine: Engine) -> None:
     engine.submit(Request("warm-up", [0, 0], SamplingParams(max_tokens=2, ignore_eos=True)))
     while engine.busy:
         engine.step()
+
+
+def _dtype(loaded: LoadedModel) -> str:
+    return str(loaded.model.dtype).removeprefix("torch.")
 
 
 def _slots(spec: ModelSpec, loaded: LoadedModel) -> int:

@@ -22,6 +22,7 @@ DEFAULT_SLOTS = {"cpu": 64, "cuda": 256}
 CONSTANT_STATE_TOKENS = (
     1 << 20
 )  # a sequence of constant state costs nothing as it grows; some limit there must be
+SNAPSHOT_BYTES = 4096  # of snapshots that a token may cost, as long as at most 256 tokens lie between two
 UNTRAINED_TOKENS = 4096  # of a model with full attention that does not say how long a sequence may be
 
 
@@ -40,7 +41,7 @@ def build(spec: ModelSpec, observer: Observer | None = None) -> tuple[Engine, Lo
         max_tokens=spec.max_tokens,
         kv_tokens=spec.kv_tokens,
         prefix_cache_mb=spec.prefix_cache_mb,
-        snapshot_tokens=spec.snapshot_tokens,
+        snapshot_tokens=_snapshot_tokens(spec, loaded),
         shed_wait_s=spec.shed_wait_s,
         min_depth=spec.min_depth,
     )
@@ -132,6 +133,13 @@ def warm_up(engine: Engine) -> None:
 
 def _dtype(loaded: LoadedModel) -> str:
     return str(loaded.model.dtype).removeprefix("torch.")
+
+
+def _snapshot_tokens(spec: ModelSpec, loaded: LoadedModel) -> int:
+    """Replaying what came after a snapshot keeps a stream waiting, and taking one keeps all of them."""
+    if spec.snapshot_tokens is not None:
+        return spec.snapshot_tokens
+    return min(max(loaded.model.layout().bytes_per_slot // SNAPSHOT_BYTES, 32), 256)
 
 
 def _slots(spec: ModelSpec, loaded: LoadedModel) -> int:

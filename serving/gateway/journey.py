@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
@@ -162,7 +163,7 @@ class Journey:
                 return
             params = replace(leg.request.params, n=1)
             request = Request(
-                id=self.request.id if self.request.params.n == 1 else f"{self.request.id}/{index}",
+                id=self.request.id,
                 prompt=self.request.prompt,
                 params=params,
                 resumed=list(heard.ids),
@@ -192,6 +193,8 @@ class Journey:
                     continue
 
     def _send(self, replica: Replica, request: Request, indices: list[int]) -> None:
+        # What a client takes up again may not have been stopped yet where it was: each leg has a name of its own.
+        request = replace(request, id=f"{self.request.id}/{secrets.token_hex(6)}")
         left = max(0.0, self._deadline - time.monotonic())
         mailbox = replica.submit(request, left, self._some)
         self.replica = replica.entry.replica
@@ -212,7 +215,9 @@ class Journey:
             return whole
         return replace(
             whole,
-            cached_tokens=self._usages[0].cached_tokens,
+            cached_tokens=min(
+                self._usages[0].cached_tokens, len(self.request.prompt)
+            ),  # else of the continuation
             cache_miss_reason=self._usages[0].cache_miss_reason,
             flops_saved=self._usages[-1].flops_saved,
             queue_s=sum(u.queue_s for u in self._usages),

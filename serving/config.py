@@ -109,6 +109,9 @@ class GatewaySpec(Strict):
     replicas: int = Field(1, ge=1, le=1024)
     cpus: float = Field(0.25, ge=0)
     max_streams: int = Field(4096, ge=1)  # that one gateway carries at a time
+    max_queued: int | None = Field(
+        None, ge=1
+    )  # that wait for one of those places; as many again where not given
     max_message_mb: float = Field(4, gt=0, le=1024)
     default_timeout_s: float = Field(600, gt=0)
     max_timeout_s: float = Field(3600, gt=0)

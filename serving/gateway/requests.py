@@ -202,10 +202,16 @@ class Requests:
                 listener(record)
 
     def _admitted(self, ask: Ask) -> Caller:
-        """Raises UnauthenticatedError or PermissionDeniedError."""
+        """Raises UnauthenticatedError, PermissionDeniedError, or OverloadedError, before anything has been done."""
+        self._check_room()
         caller = self.keys.authenticate(ask.credential)
         caller.check(self.fleet.resolve(ask.model))
         return caller
+
+    def _check_room(self) -> None:
+        """Raises OverloadedError."""
+        if self._open >= self._spec.max_streams:
+            raise OverloadedError(f"this gateway carries {self._open} streams, and no more")
 
     @asynccontextmanager
     async def _turn(self, ask: Ask, caller: Caller) -> AsyncIterator[Turn | None]:
@@ -276,8 +282,7 @@ class Requests:
     @asynccontextmanager
     async def _journey(self, request: Request, ask: Ask, record: Record) -> AsyncIterator[Journey]:
         """A request under way; nothing is left of it on any replica afterwards."""
-        if self._open >= self._spec.max_streams:
-            raise OverloadedError(f"this gateway carries {self._open} streams, and no more")
+        self._check_room()
         model = self.fleet.resolve(ask.model)
         journey = Journey(
             self.fleet,

@@ -64,6 +64,8 @@ class _Key(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
         return details._replace(metadata=(*(details.metadata or ()), *self._shown))
 
 
+DEAD = ("ActorDied", "actor died", "Actor is unavailable")  # what Ray says of a gateway that is gone
+AGAIN_S = 0.2  # between two tries after the first
 RETRY_S = 30.0
 """That a broken stream waits for a server to go on."""
 
@@ -86,21 +88,25 @@ def generate(channel: grpc.Channel, request: pb.GenerateRequest) -> Iterator[pb.
             began = bool(request.resumed_token_ids)
             if not (began and _broken(error) and request.sampling.n <= 1):
                 raise
-            until = until or time.monotonic() + RETRY_S
+            if until is None:  # at once: the others are there
+                until = time.monotonic() + RETRY_S
+                continue
             if time.monotonic() > until:
                 raise
-            time.sleep(0.2)
+            time.sleep(AGAIN_S)
         finally:
             call.cancel()
 
 
 def _broken(error: grpc.RpcError) -> bool:
-    """Whether the server, or a part of it, has gone: the ingress reports a gateway's death as an internal error."""
+    """Whether the server, or a part of it, has gone: Ray's proxy reports a gateway's death as an internal error,
+    HAProxy resets the stream."""
     if not isinstance(error, grpc.Call):
         return False
     code, details = error.code(), str(error.details())
-    dead = code is grpc.StatusCode.INTERNAL and ("ActorDied" in details or "actor died" in details)
-    return dead or code is grpc.StatusCode.UNAVAILABLE
+    dead = code is grpc.StatusCode.INTERNAL and any(told in details for told in DEAD)
+    reset = code is grpc.StatusCode.CANCELLED and "RST_STREAM" in details  # our own cancel is told otherwise
+    return dead or reset or code is grpc.StatusCode.UNAVAILABLE
 
 
 def models(channel: grpc.Channel) -> list[models_pb2.Model]:

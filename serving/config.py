@@ -59,9 +59,9 @@ class ModelSpec(Strict):
         None, ge=16
     )  # of all sequences of a replica, where attention keeps every token
     prefix_cache_mb: float = Field(128, ge=0)  # states of prompts that may come again; 0: none are kept
-    snapshot_tokens: int = Field(256, ge=0)
+    snapshot_tokens: int | None = Field(None, ge=0)
     """Tokens after which a sequence's state goes to its gateway, so that it goes on from there if this replica is lost;
-    0: never, and all its tokens are computed again."""
+    0: never, and all its tokens are computed again; null: 32 to 256, the smaller the state the sooner."""
     shed_wait_s: float | None = Field(0.5, gt=0)  # a request waits so long before depth is shed; null: never
     min_depth: int | None = Field(None, ge=1)  # down to here, for requests that say nothing; null: not theirs
     max_waiting: int = Field(1024, ge=0)  # requests that one replica queues
@@ -109,6 +109,9 @@ class GatewaySpec(Strict):
     replicas: int = Field(1, ge=1, le=1024)
     cpus: float = Field(0.25, ge=0)
     max_streams: int = Field(4096, ge=1)  # that one gateway carries at a time
+    max_queued: int | None = Field(
+        None, ge=1
+    )  # that wait for one of those places; as many again where not given
     max_message_mb: float = Field(4, gt=0, le=1024)
     default_timeout_s: float = Field(600, gt=0)
     max_timeout_s: float = Field(3600, gt=0)

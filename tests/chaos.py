@@ -1,7 +1,10 @@
 """`make chaos`: a real server under load, its parts killed one after another. No stream may fail or differ by a token
 from a quiet run. Prints a table, and one line of JSON; exits with 1 where a stream failed or differed.
 
-    python -m tests.chaos [--streams 64] [--tokens 256] [--faults replica,replica,drain,gateway]
+    python -m tests.chaos [--streams 64] [--tokens 256] [--faults replica,replica,drain,gateway] [--ingress proxy]
+
+The pause of a stream is its longest gap about a fault. Of that, the replay is what its new replica needed, by its own
+clock, to compute the tokens since the last snapshot again; the rest is noticing, sending, and the way to the client.
 """
 
 import json
@@ -36,11 +39,17 @@ class Stream:
     ids: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     error: str = ""
+    usage: pb.Usage = field(default_factory=pb.Usage)  # of its last request to a replica
 
     def pause(self, since: float) -> float:
         """The longest gap, in seconds, that a fault at `since` may have caused."""
         gaps = pairwise(self.times)
         return max((b - a for a, b in gaps if b >= since and a <= since + WINDOW_S), default=0.0)
+
+    def replay(self, since: float) -> float:
+        """Seconds until its replica had computed again what a fault at `since` had lost: 0 where it lost nothing."""
+        began = self.times[-1] - self.usage.decode_s if self.times else since
+        return self.usage.queue_s + self.usage.prefill_s if began > since else 0.0
 
 
 class Load:
@@ -79,6 +88,7 @@ class Load:
                 for message in client.generate(channel, request):
                     stream.ids += message.token_ids
                     stream.times.append(time.monotonic())
+                    stream.usage = message.usage
         except grpc.RpcError as error:
             told = isinstance(error, grpc.Call)
             stream.error = f"{error.code()}: {error.details()}" if told else str(error)
@@ -118,18 +128,24 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.1)
 
 
-def kill(part: str) -> None:
-    os.kill(processes(part)[0], signal.SIGKILL)
+def kill(part: str) -> float:
+    """Returns when."""
+    victim = processes(part)[0]
+    now = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    return now
 
 
-def drain(config: ServeConfig, round_: int) -> None:
-    """An upgrade: every replica is replaced, the new one first."""
+def drain(config: ServeConfig, round_: int) -> float:
+    """An upgrade: every replica is replaced, the new one first. Returns when it was asked for."""
     from ray import serve as ray_serve
 
     from serving.cluster import app
 
     spec = config.models[0].model_copy(update={"max_waiting": 2000 + round_})
+    now = time.monotonic()
     ray_serve.run(app.model(spec.model_dump()), name=f"fathom-{MODEL}", route_prefix=None)
+    return now
 
 
 def main(
@@ -139,6 +155,7 @@ def main(
     grpc_port: int = 9310,
     http_port: int = 8310,
     threads: int = 1,
+    ingress: str = "proxy",
 ) -> None:
     from serving.cluster.local import running
 
@@ -151,6 +168,7 @@ def main(
             "gateway": {"replicas": 2, "cpus": 0.1, "state_store": "memory://chaos"},
             "grpc_port": grpc_port,
             "http_port": http_port,
+            "ingress": ingress,
         },
         "chaos",
     )
@@ -158,29 +176,33 @@ def main(
     with running(config):
         quiet = Load(target, streams, tokens).start().finish()
         calm = [max((b - a for a, b in pairwise(s.times)), default=0.0) for s in quiet]
-        rows.append(_row("none", quiet, quiet, calm))
+        rows.append(_row("none", quiet, quiet, calm, [0.0] * len(calm)))
         for round_, fault in enumerate(faults.split(",")):
             wait_for(lambda: replicas_ready(target) == 2, 180)
             load = Load(target, streams, tokens).start()
             wait_for(lambda load=load: load.progress() > 0.2, 120)  # type: ignore[misc]
-            since = time.monotonic()
             if fault == "drain":
-                drain(config, round_)
+                since = drain(config, round_)
             else:
-                kill(
+                since = kill(
                     "ServeReplica:fathom:gateway"
                     if fault == "gateway"
                     else f"ServeReplica:fathom-{MODEL}:engine"
                 )
             ended = load.finish()
-            rows.append(_row(fault, quiet, ended, [s.pause(since) for s in ended]))
+            pauses = [s.pause(since) for s in ended]
+            replays = [0.0 if fault == "drain" else s.replay(since) for s in ended]
+            rows.append(_row(fault, quiet, ended, pauses, replays))
     _print(rows)
     if any(row["failed"] or row["different"] for row in rows):
         raise typer.Exit(1)
 
 
-def _row(fault: str, quiet: list[Stream], ended: list[Stream], pauses: list[float]) -> dict[str, object]:
+def _row(
+    fault: str, quiet: list[Stream], ended: list[Stream], pauses: list[float], replays: list[float]
+) -> dict[str, object]:
     errors = sorted({s.error for s in ended if s.error})
+    rests = [max(0.0, pause - replay) for pause, replay in zip(pauses, replays, strict=True)]
     for error in errors:
         typer.echo(f"{fault}: {error}", err=True)
     return {
@@ -188,8 +210,12 @@ def _row(fault: str, quiet: list[Stream], ended: list[Stream], pauses: list[floa
         "streams": len(ended),
         "failed": sum(bool(s.error) for s in ended),
         "different": sum(not s.error and s.ids != q.ids for s, q in zip(ended, quiet, strict=True)),
-        "longest_gap_ms_p50": round(1000 * statistics.median(pauses)),
-        "longest_gap_ms_max": round(1000 * max(pauses)),
+        "gap_ms_p50": round(1000 * statistics.median(pauses)),
+        "gap_ms_max": round(1000 * max(pauses)),
+        "replayed": sum(r > 0 for r in replays),
+        "replay_ms_max": round(1000 * max(replays)),
+        "rest_ms_p50": round(1000 * statistics.median(rests)),
+        "rest_ms_max": round(1000 * max(rests)),
     }
 
 

@@ -35,7 +35,7 @@ class Blocked:
             NONE if bias is None else as_float32(bias.detach()),
         )
         self._tensors = tuple(torch.from_numpy(part) for part in self.matrix)
-        self._eight = weight.dtype is torch.int8
+        self.eight = weight.dtype is torch.int8
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +45,7 @@ class Blocked:
         """Whether x is what these weights are for. There is no gradient."""
         if x.dim() != 2 or x.is_cuda or torch.is_grad_enabled():
             return False
-        return self._eight or (x.dtype is torch.float32 and (Invariance.on or x.shape[0] <= ROWS))
+        return self.eight or (x.dtype is torch.float32 and (Invariance.on or x.shape[0] <= ROWS))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] -> [T, N], of the same type."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from kernels.attention import attention_paged, attention_ring
 from kernels.attention.cache import append_each
-from kernels.linear import linear
+from kernels.linear import Blocked, linear
 from kernels.pool import inference
 from models.batch import Batch
 from models.decoder import Mixer
@@ -49,9 +49,9 @@ class Attention(Mixer):
         self.o_proj = Linear(heads * head_dim, hidden, bias=out_bias)
         self.q_norm, self.k_norm, self.norm_heads = q_norm, k_norm, norm_heads
         self._bare = q_norm is None and k_norm is None and type(self).prepared is Attention.prepared
-        self.shared = (
-            False  # all depths of a looped model read what the first one wrote (recursive KV sharing)
-        )
+        self._kv_blocked: Blocked | None = None  # the last two parts of `qkv`, once they are wanted alone
+        # All depths of a looped model read what the first one wrote (recursive KV sharing).
+        self.shared = False
 
     def leaves(self) -> LayerLeaves:
         entry = (self.kv_heads, self.head_dim)
@@ -121,14 +121,23 @@ class Attention(Mixer):
         k, v = self._entries(x, batch.positions)
         append_each(k, v, state["k"], state["v"], state["tables"], state["count"], batch.slots, batch.depths)
 
+    def _kv(self, x: Tensor) -> Tensor:
+        """The last two parts of `qkv`, side by side."""
+        first = self.heads * self.head_dim
+        weight, bias = self.qkv.weight[first:], None if self.qkv.bias is None else self.qkv.bias[first:]
+        if self.qkv.blocked is None or not self.qkv.blocked.takes(x):
+            return linear(x, weight, bias)
+        if self._kv_blocked is None:
+            self._kv_blocked = Blocked(weight, None, bias)
+        return self._kv_blocked(x)
+
     def _entries(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """k and v of `project`, without q where no kind of attention has a way of its own."""
         own = type(self).project is not Attention.project or type(self).prepared is not Attention.prepared
-        if own or self.qkv.int8 is not None or self.qkv._forward_hooks:
+        eight = self.qkv.blocked is not None and self.qkv.blocked.eight
+        if own or eight or self.qkv._forward_hooks:
             return self.project(x, positions)[1:]
-        first = self.heads * self.head_dim
-        bias = None if self.qkv.bias is None else self.qkv.bias[first:]
-        y = linear(x, self.qkv.weight[first:], bias).unflatten(-1, (-1, self.head_dim))
+        y = self._kv(x).unflatten(-1, (-1, self.head_dim))
         k, v = y.chunk(2, -2)
         if self.rotary is not None and self._bare and inference(x):
             self.rotary.rotate_(y.flatten(1), positions, self.kv_heads, self.head_dim)

@@ -142,7 +142,7 @@ def gateway(args: dict[str, Any]) -> Application:
     options: dict[str, Any] = {
         "num_replicas": checked.spec.replicas,
         "max_ongoing_requests": checked.spec.max_streams,
-        "max_queued_requests": checked.spec.max_streams,
+        "max_queued_requests": checked.spec.max_queued or checked.spec.max_streams,
         "ray_actor_options": {"num_cpus": checked.spec.cpus},
     }
     return serve.deployment(name="gateway", **QUIET, **options)(serve.ingress()(GatewayDeployment)).bind(

@@ -9,7 +9,7 @@ from serving.config import ModelSpec
 from serving.engine.backend import Runner
 from serving.engine.core import Request
 from serving.engine.depth import DepthPolicy
-from serving.engine.description import Description
+from serving.engine.description import Description, identity
 from serving.engine.engine import Engine
 from serving.engine.grammar import Grammars
 from serving.engine.observer import Observer
@@ -22,6 +22,7 @@ DEFAULT_SLOTS = {"cpu": 64, "cuda": 256}
 CONSTANT_STATE_TOKENS = (
     1 << 20
 )  # a sequence of constant state costs nothing as it grows; some limit there must be
+SNAPSHOT_BYTES = 4096  # of snapshots that a token may cost, as long as at most 256 tokens lie between two
 UNTRAINED_TOKENS = 4096  # of a model with full attention that does not say how long a sequence may be
 
 
@@ -40,7 +41,7 @@ def build(spec: ModelSpec, observer: Observer | None = None) -> tuple[Engine, Lo
         max_tokens=spec.max_tokens,
         kv_tokens=spec.kv_tokens,
         prefix_cache_mb=spec.prefix_cache_mb,
-        snapshot_tokens=spec.snapshot_tokens,
+        snapshot_tokens=_snapshot_tokens(spec, loaded),
         shed_wait_s=spec.shed_wait_s,
         min_depth=spec.min_depth,
     )
@@ -53,7 +54,7 @@ def build(spec: ModelSpec, observer: Observer | None = None) -> tuple[Engine, Lo
         family=loaded.family,
         parameters=model.parameter_count(),
         vocab_size=model.vocab_size,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=_dtype(loaded),
         device=str(model.device),
         layers=len(model.layers),
         max_tokens=engine.max_tokens,
@@ -106,7 +107,7 @@ def make_engine(
             slots,
             max_tokens=max_tokens,
             token_capacity=kv_tokens,
-            fingerprint=f"{loaded.fingerprint}/{loaded.model.dtype}",
+            fingerprint=identity(loaded.fingerprint, _dtype(loaded)),
         ),
         slots,
         eos_token_ids=loaded.eos_token_ids,
@@ -128,6 +129,17 @@ def warm_up(engine: Engine) -> None:
     engine.submit(Request("warm-up", [0, 0], SamplingParams(max_tokens=2, ignore_eos=True)))
     while engine.busy:
         engine.step()
+
+
+def _dtype(loaded: LoadedModel) -> str:
+    return str(loaded.model.dtype).removeprefix("torch.")
+
+
+def _snapshot_tokens(spec: ModelSpec, loaded: LoadedModel) -> int:
+    """Replaying what came after a snapshot keeps a stream waiting, and taking one keeps all of them."""
+    if spec.snapshot_tokens is not None:
+        return spec.snapshot_tokens
+    return min(max(loaded.model.layout().bytes_per_slot // SNAPSHOT_BYTES, 32), 256)
 
 
 def _slots(spec: ModelSpec, loaded: LoadedModel) -> int:

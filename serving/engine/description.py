@@ -24,6 +24,10 @@ class Description:
     depth_policies: tuple[str, ...] = ("full",)
     depths: tuple[int, ...] = (1,)  # at which a token may leave; the last is the full one
 
+    @property
+    def identity(self) -> str:
+        return identity(self.fingerprint, self.dtype)
+
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
 
@@ -33,3 +37,8 @@ class Description:
         for name in ("eos_token_ids", "depth_policies", "depths"):
             fields[name] = tuple(fields[name])
         return Description(**fields)
+
+
+def identity(fingerprint: str, dtype: str) -> str:
+    """What a model has to agree in for a kept state to be its own."""
+    return f"{fingerprint}/{dtype}"

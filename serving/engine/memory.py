@@ -56,7 +56,7 @@ class Memory:
             self._runner.load(sequence, self.cache.chain(match.node))
         request.restored = None
         sequence.prefilled = request.cached = sequence.snapshot_at = known
-        if not self.cache.budget:
+        if not self.cache.budget or request.resumed:  # others wait for what is resumed: one chunk, not two
             return
         marks = {m for m in range(STRIDE, most, STRIDE) if m > known}
         marks |= {m for m in (match.seen, most) if SHORTEST <= m <= most and m - known >= SHORTEST}

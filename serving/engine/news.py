@@ -1,6 +1,6 @@
 """What an engine says: news of its sequences, and how busy it is."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 
@@ -49,6 +49,11 @@ class Output:
     state: StateAfter | None = None  # the newest snapshot, now and then
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+
+    def part(self, start: int = 0, stop: int | None = None) -> "Output":
+        """The same news with only some of its tokens."""
+        lists = ("ids", "depths", "exit_reasons", "logprobs", "top_logprobs")
+        return replace(self, **{name: getattr(self, name)[start:stop] for name in lists})
 
     def extend(self, later: "Output") -> None:
         """Take in the next news of the same sequence."""

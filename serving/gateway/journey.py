@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,6 @@ from serving.gateway.replicas import Mailbox, Replica
 log = logging.getLogger("fathom.gateway")
 
 FIRST = MAX_PRIORITY + 1  # of what has waited once already
-
 
 AGAIN_S = 0.02
 """Between two moves of one request."""
@@ -62,6 +62,7 @@ class Journey:
         self.usage: Usage | None = None  # once it is done
         self.finish_reason: FinishReason | None = None  # of the continuation that ended last
         self.moves = 0
+        self.replica = ""  # name of the one that it is on, or was last
         self._fleet = fleet
         self._model = model
         self._deadline = deadline
@@ -71,7 +72,6 @@ class Journey:
         self._heard = [_Heard(list(request.resumed)) for _ in range(request.params.n)]
         self._usages: list[Usage] = []
         self._legs: list[_Leg] = []
-        self._replica = ""
 
     def start(self, replica: Replica) -> None:
         """Raises UnavailableError when the replica is gone."""
@@ -84,11 +84,6 @@ class Journey:
     def state(self, index: int) -> StateAfter | None:
         """The newest snapshot of a continuation."""
         return self._heard[index].state
-
-    @property
-    def replica(self) -> str:
-        """Name of the one that it is on, or was last."""
-        return self._replica
 
     async def news(self) -> AsyncGenerator[Output]:
         """All news as they come, each token once; the usage with the last. Raises RequestError."""
@@ -128,7 +123,7 @@ class Journey:
         """What the client is to hear of a replica's news."""
         heard = self._heard[leg.indices[out.index]]
         if leg.repeated:
-            out, leg.repeated = _without(out, leg.repeated), max(0, leg.repeated - len(out.ids))
+            out, leg.repeated = out.part(leg.repeated), max(0, leg.repeated - len(out.ids))
         heard.ids += out.ids
         heard.units += sum(out.depths)
         heard.state = out.state or heard.state
@@ -168,7 +163,7 @@ class Journey:
                 return
             params = replace(leg.request.params, n=1)
             request = Request(
-                id=self.request.id if self.request.params.n == 1 else f"{self.request.id}/{index}",
+                id=self.request.id,
                 prompt=self.request.prompt,
                 params=params,
                 resumed=list(heard.ids),
@@ -198,9 +193,11 @@ class Journey:
                     continue
 
     def _send(self, replica: Replica, request: Request, indices: list[int]) -> None:
+        # What a client takes up again may not have been stopped yet where it was: each leg has a name of its own.
+        request = replace(request, id=f"{self.request.id}/{secrets.token_hex(6)}")
         left = max(0.0, self._deadline - time.monotonic())
         mailbox = replica.submit(request, left, self._some)
-        self._replica = replica.entry.replica
+        self.replica = replica.entry.replica
         self._legs.append(_Leg(replica, request, mailbox, indices))
 
     def _drop(self, leg: _Leg) -> None:
@@ -218,16 +215,12 @@ class Journey:
             return whole
         return replace(
             whole,
-            cached_tokens=self._usages[0].cached_tokens,
+            cached_tokens=min(
+                self._usages[0].cached_tokens, len(self.request.prompt)
+            ),  # else of the continuation
             cache_miss_reason=self._usages[0].cache_miss_reason,
             flops_saved=self._usages[-1].flops_saved,
             queue_s=sum(u.queue_s for u in self._usages),
             prefill_s=sum(u.prefill_s for u in self._usages),
             decode_s=sum(u.decode_s for u in self._usages),
         )
-
-
-def _without(out: Output, count: int) -> Output:
-    """Some news without its first tokens."""
-    lists = ("ids", "depths", "exit_reasons", "logprobs", "top_logprobs")
-    return replace(out, **{name: getattr(out, name)[count:] for name in lists})

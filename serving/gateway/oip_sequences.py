@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 from serving.errors import NotFoundError
 from serving.gateway.fleet import Fleet
 from serving.gateway.oip_convert import Infer
-from serving.gateway.requests import Ask, Requests, identity
+from serving.gateway.requests import Ask, Requests
 from serving.sessions.records import SESSION
 
 
@@ -40,7 +40,7 @@ class Sequences:
             if sequence.start:
                 with suppress(NotFoundError):  # one of that name that was never ended
                     await sessions.delete(caller.name, SESSION, session)
-                fingerprint = identity(self._fleet.describe(model)[0])
+                fingerprint = self._fleet.describe(model)[0].identity
                 await sessions.create(caller.name, model, fingerprint, None, session)
             else:
                 try:

@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 
 from serving.config import GatewaySpec
 from serving.engine.core import Request
-from serving.engine.description import Description
 from serving.engine.news import FinishReason, Output, Usage
 from serving.engine.params import MAX_PRIORITY, SamplingParams
 from serving.errors import (
@@ -156,7 +155,8 @@ class Requests:
             return None
         parts, rest = text.feed(out.ids, last=out.finish_reason is not None)
         said = "".join(parts) + rest
-        piece = Piece(out.request_id, out.index, said, _cut(out, len(parts)), [len(part) for part in parts])
+        news = replace(out.part(0, len(parts)), usage=None)
+        piece = Piece(out.request_id, out.index, said, news, [len(part) for part in parts])
         if text.stopped:
             piece.news.finish_reason = FinishReason.STOP
             if out.finish_reason is None:
@@ -202,10 +202,16 @@ class Requests:
                 listener(record)
 
     def _admitted(self, ask: Ask) -> Caller:
-        """Raises UnauthenticatedError or PermissionDeniedError."""
+        """Raises UnauthenticatedError, PermissionDeniedError, or OverloadedError, before anything has been done."""
+        self._check_room()
         caller = self.keys.authenticate(ask.credential)
         caller.check(self.fleet.resolve(ask.model))
         return caller
+
+    def _check_room(self) -> None:
+        """Raises OverloadedError."""
+        if self._open >= self._spec.max_streams:
+            raise OverloadedError(f"this gateway carries {self._open} streams, and no more")
 
     @asynccontextmanager
     async def _turn(self, ask: Ask, caller: Caller) -> AsyncIterator[Turn | None]:
@@ -216,7 +222,7 @@ class Requests:
         if ask.params.n != 1:
             raise InvalidArgumentError("n", ask.params.n, "must be 1 within a session: fork it")
         model = self.fleet.resolve(ask.model)
-        fingerprint = identity(self.fleet.describe(model)[0])
+        fingerprint = self.fleet.describe(model)[0].identity
         async with self.sessions.turn(caller.name, ask.session_id, model, fingerprint) as turn:
             yield turn
 
@@ -230,14 +236,16 @@ class Requests:
         if len(ask.request_id) > MAX_REQUEST_ID:
             raise InvalidArgumentError("request_id", ask.request_id, f"at most {MAX_REQUEST_ID} characters")
         if not -MAX_PRIORITY <= ask.priority <= MAX_PRIORITY:
-            raise InvalidArgumentError("priority", ask.priority, "must be from -100 to 100")
+            raise InvalidArgumentError(
+                "priority", ask.priority, f"must be from {-MAX_PRIORITY} to {MAX_PRIORITY}"
+            )
         description, replicas = self.fleet.describe(model)
         tokenizer = replicas[0].tokenizer
         before = turn.record.tokens if turn is not None else []
         ids = before + await _encoded(ask, model, tokenizer, begins=not before)
         if not ids:
             raise InvalidArgumentError("prompt", ask.prompt, "must hold at least one token")
-        _check_ids(ids[len(before) :], description.vocab_size)
+        _check_ids("prompt", ids[len(before) :], description.vocab_size)
         most = description.max_tokens - (not work)
         if len(ids) > most:
             raise InvalidArgumentError(
@@ -274,8 +282,7 @@ class Requests:
     @asynccontextmanager
     async def _journey(self, request: Request, ask: Ask, record: Record) -> AsyncIterator[Journey]:
         """A request under way; nothing is left of it on any replica afterwards."""
-        if self._open >= self._spec.max_streams:
-            raise OverloadedError(f"this gateway carries {self._open} streams, and no more")
+        self._check_room()
         model = self.fleet.resolve(ask.model)
         journey = Journey(
             self.fleet,
@@ -297,11 +304,6 @@ class Requests:
             journey.end()
 
 
-def identity(description: Description) -> str:
-    """What a model has to agree in for a kept state to be its own."""
-    return f"{description.fingerprint}/{description.dtype}"
-
-
 async def _encoded(ask: Ask, model: str, tokenizer: Tokenizer | None, *, begins: bool) -> list[int]:
     """Token ids of the prompt; `begins`: nothing goes before it. Raises InvalidArgumentError or
     FailedPreconditionError."""
@@ -313,12 +315,12 @@ async def _encoded(ask: Ask, model: str, tokenizer: Tokenizer | None, *, begins:
     return list((await asyncio.to_thread(encode) if len(ask.prompt) > LONG_TEXT else encode()).ids)
 
 
-def _check_ids(ids: list[int], vocab_size: int) -> None:
+def _check_ids(name: str, ids: list[int], vocab_size: int) -> None:
     """Raises InvalidArgumentError."""
     for wrong in (min(ids, default=0), max(ids, default=0)):
         if not 0 <= wrong < vocab_size:
             limit = f"token ids of this model are 0 to {vocab_size - 1}"
-            raise InvalidArgumentError("prompt", wrong, limit)
+            raise InvalidArgumentError(name, wrong, limit)
 
 
 def _texts(ask: Ask, tokenizer: Tokenizer | None, eos: tuple[int, ...]) -> list[TextStream]:
@@ -365,17 +367,7 @@ def _check_resumed(ask: Ask, vocab_size: int) -> None:
     if len(ask.resumed) >= ask.params.max_tokens:
         limit = f"must be fewer than max_tokens = {ask.params.max_tokens}"
         raise InvalidArgumentError("resumed_token_ids", f"{len(ask.resumed)} tokens", limit)
-    if max(ask.resumed) >= vocab_size:
-        limit = f"token ids of this model are 0 to {vocab_size - 1}"
-        raise InvalidArgumentError("resumed_token_ids", max(ask.resumed), limit)
-
-
-def _cut(out: Output, used: int) -> Output:
-    """The first `used` tokens of some news, without its usage."""
-    if used == len(out.ids):
-        return replace(out, usage=None)
-    lists = ("ids", "depths", "exit_reasons", "logprobs", "top_logprobs")
-    return replace(out, usage=None, **{name: getattr(out, name)[:used] for name in lists})
+    _check_ids("resumed_token_ids", ask.resumed, vocab_size)
 
 
 class _Usage:

@@ -9,7 +9,6 @@ from serving.errors import InvalidArgumentError
 from serving.gateway.convert import parse
 from serving.gateway.fleet import Fleet
 from serving.gateway.keys import Keys, credential_of
-from serving.gateway.requests import identity
 from serving.sessions.records import SESSION, SNAPSHOT, Record
 from serving.sessions.sessions import Sessions
 
@@ -39,7 +38,7 @@ class SessionsRpc:
         model = self._fleet.resolve(request.model)
         caller.check(model)
         description, _ = self._fleet.describe(model)
-        record = await self._sessions.create(caller.name, model, identity(description), _ttl(request))
+        record = await self._sessions.create(caller.name, model, description.identity, _ttl(request))
         return session_from(record)
 
     async def _get(self, body: bytes, metadata: Metadata) -> Message:
@@ -59,7 +58,7 @@ class SessionsRpc:
     async def _restore(self, body: bytes, metadata: Metadata) -> Message:
         request = parse(pb.RestoreSessionRequest, body)
         served = {
-            m: identity(self._fleet.describe(m)[0]) for m in self._fleet.models if self._fleet.replicas(m)
+            m: self._fleet.describe(m)[0].identity for m in self._fleet.models if self._fleet.replicas(m)
         }
         owner = self._owner(metadata)
         return session_from(await self._sessions.restore(owner, request.snapshot_id, served, _ttl(request)))

@@ -10,6 +10,7 @@ import yaml
 from protos.fathom.v1 import inference_pb2 as pb
 from protos.fathom.v1 import models_pb2
 from protos.fathom.v1 import sessions_pb2 as sessions
+from serving import SamplingParams
 from serving.config import GatewaySpec
 from serving.errors import OverloadedError, ServeConfigError, UnauthenticatedError
 from serving.gateway import keys as module
@@ -168,4 +169,14 @@ async def test_over_grpc(tmp_path: Path) -> None:
             assert context.code is grpc.StatusCode.NOT_FOUND, method
         _, context = await unary("fathom.v1.Sessions/Create", "b", sessions.CreateSessionRequest(model="one"))
         assert context.code is grpc.StatusCode.PERMISSION_DENIED
+        await h.idle()
+
+
+async def test_a_full_gateway_refuses_before_it_has_read_anything(tmp_path: Path) -> None:
+    async with house(tiny.checkpoint(tmp_path / "tiny"), gateway=GatewaySpec(max_streams=1)) as h:
+        running = h.requests.generate(Ask("def f", params=SamplingParams(max_tokens=200, ignore_eos=True)))
+        await anext(running)
+        with pytest.raises(OverloadedError, match="1 streams"):  # and not that the prompt is empty
+            await anext(h.requests.generate(Ask([])))
+        await running.aclose()
         await h.idle()

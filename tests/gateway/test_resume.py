@@ -101,6 +101,31 @@ async def test_no_more_than_the_snapshots_allow_is_computed_again(tmp_path: Path
         assert 0 < sum(read) <= prompts + len(TEXTS) * 32
 
 
+async def test_a_replay_is_one_chunk_of_each_stream(folder: Path) -> None:
+    """A kept state between them would have the last token of each wait for another tick."""
+    async with house(folder, replicas=2, slots=16, snapshot_tokens=0, prefill_tokens=4096) as h:
+        chunks: list[tuple[str, int]] = []
+        runner = h.replicas[1]._engine.runner
+        run = runner.run
+
+        def noted(tick: Tick, *rest: Any) -> Any:
+            fresh = [c for c in tick.chunks if c.sequence.request.resumed and c.node == 0]
+            chunks.extend((c.sequence.request.id, c.start) for c in fresh)
+            return run(tick, *rest)
+
+        runner.run = noted  # type: ignore[method-assign]
+        await all_streams(h, kill)
+        assert chunks and len({request for request, _ in chunks}) == len(chunks)
+
+
+@pytest.mark.parametrize(("asked", "wait"), [(None, 32), (0, 0), (7, 7)])
+async def test_small_states_are_sent_often_unless_told_otherwise(
+    folder: Path, asked: int | None, wait: int
+) -> None:
+    async with house(folder, snapshot_tokens=asked) as h:
+        assert h.replicas[0]._engine.memory.snapshot_tokens == wait
+
+
 async def test_a_lost_request_waits_for_a_replica_and_gives_up_in_time(folder: Path) -> None:
     async with house(folder, gateway=GatewaySpec(resume_timeout_s=0.2)) as h:
         with pytest.raises(UnavailableError):
@@ -142,6 +167,21 @@ async def test_a_client_takes_a_broken_stream_up_again(folder: Path) -> None:
         with pytest.raises(InvalidArgumentError, match="resumed_token_ids"):
             async for _ in h.requests.generate(replace(ask, resumed=ids)):
                 pass
+
+
+async def test_a_client_need_not_wait_until_its_broken_stream_has_been_stopped(folder: Path) -> None:
+    async with house(folder) as h:
+        ask = Ask("def f(x):", params=params(seed=None), request_id="mine")
+        whole = [i async for piece in h.requests.generate(ask) for i in piece.news.ids]
+        broken, had = h.requests.generate(ask), []
+        while len(had) < 5:
+            had += (await anext(broken)).news.ids
+        again = h.requests.generate(replace(ask, resumed=had))
+        rest = list((await anext(again)).news.ids)
+        await broken.aclose()
+        rest += [i async for piece in again for i in piece.news.ids]
+        assert had + rest == whole
+        await h.idle()
 
 
 async def test_a_gateway_that_was_held_up_does_not_believe_in_silence(folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.depth import depth_lora
+from kernels.pool import Floats
 from models.decoder import Block
 from models.layers import Packed, RMSNorm, saved_as
 
@@ -56,6 +57,8 @@ class DepthLora(nn.Module):
 
 class DepthNorm(nn.Module):
     """An RMS norm whose weight depends on the depth of the token."""
+
+    array: Floats | None = None  # as an RMSNorm has; here there is no single one
 
     def __init__(self, norm: RMSNorm, depths: int, token_depths: TokenDepths):
         super().__init__()

@@ -142,7 +142,7 @@ class Decoder(nn.Module):
         self._flops: dict[int, float] = {}  # by stage
         self._growing: list[set[int]] = []  # by stage: groups of layers whose state grows
 
-    def prepare(self) -> None:
+    def to_blocks(self) -> None:
         weight = self.embeddings.weight
         if (
             self.tied_head is None

@@ -132,7 +132,7 @@ class Projection(nn.Module):
     bias: Any  # parameters; a plain nn.Linear says so itself
     blocked: Blocked | None = None
 
-    def prepare(self) -> None:
+    def to_blocks(self) -> None:
         if self.blocked is None and self.weight.is_cpu and self.weight.dtype is torch.float32:
             self.blocked = Blocked(self.weight, None, self.bias)
 

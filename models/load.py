@@ -1,5 +1,6 @@
 """From a checkpoint to a model that is ready to serve."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from models.int8 import to_int8
 from models.registry import family, names
 
 WEIGHTS = ("auto", "int8")
+BLOCKS_SHARE = 1 / 8  # of the memory, for a second copy of the weights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -74,10 +76,20 @@ def load(
 
 
 def prepare(model: nn.Module) -> None:
-    """Let every module that has a `prepare` compute what follows from its weights, which are final now."""
+    """Let every module that has a `prepare` compute what follows from its weights, which are final now. Before that,
+    projections get a second copy in blocks, where there is room for one."""
+    if sum(p.nbytes for p in model.parameters() if p.is_cpu) <= BLOCKS_SHARE * _memory():
+        for module in model.modules():
+            if hasattr(module, "to_blocks"):
+                cast("Callable[[], None]", module.to_blocks)()
     for module in reversed(list(model.modules())):  # the parts before the whole
         if hasattr(module, "prepare"):
             cast("Callable[[], None]", module.prepare)()
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def pick_device(device: str | torch.device) -> torch.device:

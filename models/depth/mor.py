@@ -151,7 +151,6 @@ class MixtureOfRecursions(LoopedDecoder):
 
     def prepare(self) -> None:
         """Once the weights are there, and it has shown which of them differ by recursion."""
-        super().prepare()
         untied = any(isinstance(m, MixerPerDepth) and len(m.copies) > 1 for m in self.modules())
         if untied and self.loop.skipped == "last_exited":
             limit = "not with attention weights that differ from recursion to recursion"

@@ -86,11 +86,13 @@ class Mamba(Mixer):
         if self._A.is_cpu and self.D.dtype is torch.float32 and not relaxed:
             taps, bias = self.conv.arrays()
             A, skip = self._A.numpy(), as_float32(self.D.detach())
-            projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
-            in_proj, x_proj, dt_proj, out_proj = (
-                p.blocked.matrix for p in projections if p.blocked is not None
-            )
-            self._step = MixerWeights(in_proj, taps, bias, x_proj, dt_proj, A, skip, out_proj, self.sizes[0])
+            blocked = [p.blocked for p in (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)]
+            matrices = [b.matrix for b in blocked if b is not None]
+            if len(matrices) == len(blocked):
+                in_proj, x_proj, dt_proj, out_proj = matrices
+                self._step = MixerWeights(
+                    in_proj, taps, bias, x_proj, dt_proj, A, skip, out_proj, self.sizes[0]
+                )
 
     def leaves(self) -> LayerLeaves:
         return {"h": Leaf((self.N, self.inner)), "conv": self.conv.leaf()}

@@ -65,7 +65,7 @@ class ModelSpec(Strict):
     shed_wait_s: float | None = Field(0.5, gt=0)  # a request waits so long before depth is shed; null: never
     min_depth: int | None = Field(None, ge=1)  # down to here, for requests that say nothing; null: not theirs
     max_waiting: int = Field(1024, ge=0)  # requests that one replica queues
-    batch_invariant: bool = True  # the same numbers in any batch, to the bit; slower below 16 sequences
+    batch_invariant: bool = True  # the same numbers in any batch, to the bit; slower prompts
     threads: int | None = Field(
         None, ge=1, le=1024
     )  # processor threads of one replica; all but one where not given

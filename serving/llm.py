@@ -74,7 +74,7 @@ class LLM:
         `weights="int8"` rounds those of projections to eight bits: quicker on a CPU, and another model by a little.
         `prefix_cache_mb` is for states of prompts that may come again. `progress` draws a bar on long work;
         by default where standard error is a terminal. `batch_invariant` holds for the whole process: in float32 on
-        a CPU, a prompt's numbers are the same to the bit in any batch, which costs time at fewer than 16 sequences.
+        a CPU, a prompt's numbers are the same to the bit in any batch, which costs a little time on long prompts.
 
         Raises models.errors.ModelError when the model cannot be loaded, InvalidArgumentError for impossible options.
         """

@@ -10,8 +10,10 @@ import typer
 from tokenizers import Tokenizer
 
 from models.checkpoint import ZOO, save
+from models.decoder import Decoder
 from models.depth.per_depth import PerDepth
-from models.load import pick_device
+from models.errors import ConfigError
+from models.load import load, pick_device
 from models.registry import family, names
 from models.train import corpus, data
 from models.train.evaluate import bits_per_byte, compressors
@@ -33,6 +35,8 @@ def make(recipe: Recipe, texts: corpus.Corpus) -> None:
         if isinstance(module, PerDepth):
             module.tie()
     initialise(model, recipe.seed)
+    if recipe.start:
+        begin(model, ZOO / recipe.start)
     model.to(pick_device("auto"))
     print(f"{recipe.name}: {model.parameter_count():,} parameters, {len(tokens):,} tokens of training text")
     train(model, recipe, tokens, RUNS / recipe.name)
@@ -50,6 +54,15 @@ def make(recipe: Recipe, texts: corpus.Corpus) -> None:
         card["held_out_bits_per_byte"] = round(bits_per_byte(model, tokenizer, texts.held_out), 4)
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     print(json.dumps(card, indent=2))
+
+
+def begin(model: Decoder, plain: Path) -> None:
+    """Give a looped model the layers of a plain one with as many: with one pass it is that model."""
+    _, foreign = model.load_state_dict(load(plain, "float32", "cpu").model.state_dict(), strict=False)
+    if foreign:
+        raise ConfigError(
+            plain, "num_hidden_layers", len(foreign), "tensors have no place in the looped model"
+        )
 
 
 def _tokenizer(texts: corpus.Corpus) -> Tokenizer:

@@ -39,6 +39,7 @@ class Recipe:
     learning_rate: float = 3e-3
     warmup: int = 100
     seed: int = 0
+    start: str = ""  # plain model of the zoo whose layers it begins with
 
     def shape(self, step: int) -> tuple[int, int]:
         """Sequences of a step, and tokens of each."""

@@ -104,8 +104,11 @@ LOOPED_GLA = Recipe(
         "eos_token_id": 0,
     },
     objective=gated_loops,
-    steps=400,
+    steps=300,
     tokens=4096,
+    learning_rate=1e-3,
+    warmup=30,
+    start="gla",
 )
 
 RECIPES = {recipe.name: recipe for recipe in (GLA, MOR, SORTED, LOOPED_GLA)}

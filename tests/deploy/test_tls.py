@@ -156,7 +156,12 @@ def free_port() -> int:
 
 @asynccontextmanager
 async def front(
-    binary: str, authority: Authority, to: Backend, folder: Path, client_ca: Path | None = None
+    binary: str,
+    authority: Authority,
+    to: Backend,
+    folder: Path,
+    client_ca: Path | None = None,
+    streams: int | None = None,
 ) -> AsyncIterator["Front"]:
     """A running HAProxy."""
     tls, status = f"{HOST}:{free_port()}", f"{HOST}:{free_port()}"
@@ -169,6 +174,8 @@ async def front(
     }
     if client_ca is not None:
         environment["FATHOM_CLIENT_CA"] = str(client_ca)
+    if streams is not None:
+        environment["FATHOM_STREAMS"] = str(streams)
     log = folder / "haproxy.log"
     with log.open("wb") as output:
         command = [binary, "-db", "-f", str(CONFIGURATION)]
@@ -242,6 +249,23 @@ async def test_grpc_and_http_come_in_at_one_port_over_tls(
                 body = {"prompt": "def f(x):", "max_tokens": 4, "model": "tiny"}
                 said = await client.post("/v1/completions", json=body)
                 assert said.json()["usage"]["completion_tokens"] <= 4
+
+
+async def test_more_streams_than_it_takes_are_refused_at_the_door(
+    haproxy: str, ours: Authority, backend: Backend, tmp_path: Path
+) -> None:
+    async with front(haproxy, ours, backend, tmp_path, streams=2) as door, door.channel(ours) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        held = [stub.Generate(ask(100_000), timeout=60) for _ in range(2)]
+        for stream in held:
+            await stream.read()
+        with pytest.raises(grpc.aio.AioRpcError, match="as many requests as it takes") as caught:
+            await generate(channel)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        for stream in held:
+            stream.cancel()
+        await backend.house.idle()
+        assert await generate(channel) == 8
 
 
 async def test_without_mutual_tls_a_client_must_still_trust_the_server(

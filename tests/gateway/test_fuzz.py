@@ -111,7 +111,7 @@ async def fuzz(
     async def sender() -> None:
         while codes.total() < count and time.monotonic() < until:
             codes[await send(h, name, METHODS[name], body(rng, METHODS[name]))] += 1
-            await asyncio.sleep(0)  # some are answered without waiting for anything; replicas want to be heard, too
+            await asyncio.sleep(0)  # some answers wait for nothing; replicas want to be heard, too
 
     await asyncio.gather(*(sender() for _ in range(at_a_time)))
     return codes

@@ -267,9 +267,9 @@ class Engine:
         return [out]
 
     def _finish(self, sequence: Sequence, reason: FinishReason, out: Output) -> None:
-        sequence.finished = out.finish_reason = reason
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             out.state = self.memory.ended(sequence)
+        sequence.finished = out.finish_reason = reason  # from here on nobody else will free its slot
         self.runner.release(sequence)
         last = self.scheduler.finish(sequence)
         if last:

@@ -74,14 +74,16 @@ class EngineLoop:
         news: News = []
         while self._commands:
             news += self._commands.popleft()()
+        under_way = list(self.engine.scheduler.requests)
         try:
             news += self.engine.step()
             self.failures = 0
         except Exception as error:
-            # A failed step leaves the states of its rows in doubt: what runs is lost, what comes next is not.
+            # A failed step leaves the states of its rows in doubt: what runs is lost, what comes next is not. Its news is
+            # lost, too, so those hear of it that were over by then.
             log.exception("a step failed; the requests that were running are given up")
             self.failures += 1
-            for request_id in list(self.engine.scheduler.requests):
+            for request_id in under_way:
                 self.engine.cancel(request_id)
                 news.append(Failed(request_id, error))
         return news

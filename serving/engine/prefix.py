@@ -78,13 +78,14 @@ class Match:
 class PrefixCache:
     """States by prefix, within a budget of bytes."""
 
-    def __init__(self, budget: int, *, grows: bool = False):
+    def __init__(self, budget: int, *, grows: bool = False, most_ghosts: int = MOST_GHOSTS):
         """`grows`: a saved state holds only what its prefix adds to the one above it, so that one cannot go before
         those below it."""
         self.budget = budget
         self.bytes = 0
         self.evictions = 0
         self._grows = grows
+        self._most_ghosts = most_ghosts
         self._roots: dict[Hashable, Node] = {}
         self._inflation = 0.0  # value of the last state that had to go
         self._states: dict[Node, None] = {}
@@ -187,15 +188,17 @@ class PrefixCache:
             self._ghosts[chosen] = None
             if chosen is spared:
                 break
-        while len(self._ghosts) > MOST_GHOSTS:
+        while len(self._ghosts) > self._most_ghosts:
             self._prune(self._ghosts.popitem(last=False)[0])
 
     def _can_go(self, node: Node) -> bool:
         return not self._grows or not any(_below(node))
 
     def _prune(self, node: Node) -> None:
-        """Forget a node without a state, and those above it that only led to it."""
-        while node.parent is not None and not node.children and node.saved is None:
+        """Forget a node without a state, and those above it that only led to it. A ghost's own time has yet to come."""
+        while (
+            node.parent is not None and not node.children and node.saved is None and node not in self._ghosts
+        ):
             del node.parent.children[int(node.edge[0])]
             node = node.parent
 

@@ -22,6 +22,9 @@ FIRST = MAX_PRIORITY + 1  # of what has waited once already
 AGAIN_S = 0.02
 """Between two moves of one request."""
 
+OVERDUE_S = 5.0
+"""After its deadline, in which a request's replica should have said that it is over."""
+
 
 @dataclass(slots=True)
 class _Leg:
@@ -88,7 +91,11 @@ class Journey:
     async def news(self) -> AsyncGenerator[Output]:
         """All news as they come, each token once; the usage with the last. Raises RequestError."""
         while self._legs:
-            await self._some.wait()
+            try:
+                async with asyncio.timeout_at(self._deadline + OVERDUE_S):
+                    await self._some.wait()
+            except TimeoutError:
+                raise DeadlineExceededError("the time is over, and the replica says nothing") from None
             self._some.clear()
             for leg in list(self._legs):
                 outputs, error = leg.mailbox.take()

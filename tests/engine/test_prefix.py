@@ -1,6 +1,7 @@
 """The prefix cache: the tree against a dictionary, the engine with it against the engine without, and states that come
 back bit for bit."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +34,18 @@ class Thing:
 prefixes = st.lists(st.integers(0, 2), min_size=1, max_size=12).map(lambda ids: [7] * 17 + ids)
 
 
+def below(node: Node) -> Iterator[Node]:
+    for child in node.children.values():
+        yield child
+        yield from below(child)
+
+
 class TreeAgainstDictionary(RuleBasedStateMachine):
     """Whatever is inserted and asked for, in any order, under a budget of five states."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = PrefixCache(50)
+        self.cache = PrefixCache(50, most_ghosts=4)
         self.known: dict[tuple[str, tuple[int, ...]], Thing] = {}
 
     @rule(key=st.sampled_from("ab"), ids=prefixes)
@@ -61,6 +68,13 @@ class TreeAgainstDictionary(RuleBasedStateMachine):
             assert state.ids == tuple(ids[:best])  # type: ignore[attr-defined]
         assert (found.miss is Miss.NONE) == (best == most)
         assert found.seen >= found.tokens
+
+    @invariant()
+    def every_node_leads_to_something(self) -> None:
+        nodes = [node for root in self.cache._roots.values() for node in below(root)]
+        assert all(node.children or node.saved or node in self.cache._ghosts for node in nodes)
+        assert set(self.cache._states) | set(self.cache._ghosts) <= set(nodes)
+        assert len(self.cache._ghosts) <= 4
 
     @invariant()
     def within_budget(self) -> None:

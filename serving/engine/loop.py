@@ -79,8 +79,8 @@ class EngineLoop:
             news += self.engine.step()
             self.failures = 0
         except Exception as error:
-            # A failed step leaves the states of its rows in doubt: what runs is lost, what comes next is not. Its news is
-            # lost, too, so those hear of it that were over by then.
+            # A failed step leaves the states of its rows in doubt: what runs is lost, what comes next is not. Its
+            # news is lost, too, so those hear of it that were over by then.
             log.exception("a step failed; the requests that were running are given up")
             self.failures += 1
             for request_id in under_way:

@@ -48,6 +48,26 @@ async def test_a_stream_is_what_the_engine_alone_gives(folder: Path) -> None:
         await h.idle()
 
 
+async def test_requests_of_one_id_do_not_meet(folder: Path) -> None:
+    """Clients choose ids, and two may choose the same."""
+    texts = ["def f", "class A", "import os", "x ="]
+    expected = [LLM(folder, dtype="float32").generate(text, greedy(24))[0].token_ids for text in texts]
+    async with house(folder) as h:
+        requests = [ask(text, max_tokens=24) for text in texts]
+        for request in requests:
+            request.request_id = "mine"
+        streams = asyncio.gather(*(h.stream(GENERATE, request) for request in requests))
+        scores = asyncio.gather(
+            *(h.unary(SCORE, pb.ScoreRequest(text=text, request_id="mine")) for text in texts)
+        )
+        for (messages, context), ids in zip(await streams, expected, strict=True):
+            assert context.code is grpc.StatusCode.OK
+            assert [i for m in messages for i in m.token_ids] == ids
+            assert {m.request_id for m in messages} <= {"mine", ""}
+        assert [context.code for _, context in await scores] == [grpc.StatusCode.OK] * 4
+        await h.idle()
+
+
 async def test_64_streams_some_cancelled_midway(folder: Path) -> None:
     expected = {
         i: LLM(folder, dtype="float32").generate(f"def f{i}", greedy(64))[0].token_ids

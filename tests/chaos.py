@@ -223,7 +223,7 @@ def _print(rows: list[dict[str, object]]) -> None:
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*map(str, row.values()))
-    Console().print(table)
+    Console(width=110).print(table)
     print(json.dumps({"chaos": rows}))
 
 

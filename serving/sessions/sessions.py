@@ -143,4 +143,4 @@ def _check_model(record: Record, fingerprint: str) -> None:
 
 
 def _new_id() -> str:
-    return secrets.token_urlsafe(18)
+    return secrets.token_hex(18)  # never an option of a command, as one that begins with a dash would be

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.pool import inference
+
 ROWS = 16
 VECTORS = 64  # floats of one round of torch's vectorised loops
 
@@ -26,14 +28,7 @@ def use_invariance(on: bool) -> None:
 
 def wanted(x: Tensor) -> bool:
     """Whether it is switched on, and x [T, K] is what it is for: float32 on a CPU, without gradients."""
-    return (
-        Invariance.on
-        and x.dim() == 2
-        and x.dtype is torch.float32
-        and not x.is_cuda
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
+    return Invariance.on and x.dim() == 2 and inference(x)
 
 
 def by_row(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -51,9 +46,7 @@ def invariant_baddbmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     rows = x.shape[1]
     if rows >= ROWS or not wanted(x[0]):
         return torch.baddbmm(bias, x, weight)
-    padded = x.new_zeros(x.shape[0], ROWS, x.shape[2])
-    padded[:, :rows] = x
-    return torch.baddbmm(bias, padded, weight)[:, :rows]
+    return torch.baddbmm(bias, F.pad(x, (0, 0, 0, ROWS - rows)), weight)[:, :rows]
 
 
 def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,6 +54,4 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.shape[0]
     if rows >= ROWS:
         return F.linear(x, weight, bias)
-    padded = x.new_zeros(ROWS, x.shape[1])
-    padded[:rows] = x
-    return F.linear(padded, weight, bias)[:rows]
+    return F.linear(F.pad(x, (0, 0, 0, ROWS - rows)), weight, bias)[:rows]

@@ -13,7 +13,7 @@ from kernels.linear.blocks_numba import NONE, Matrix, project, project_alone, to
 from kernels.linear.naive import linear_naive, quantize
 from kernels.pool import as_float32
 
-__all__ = ["NONE", "Blocked", "Matrix", "linear", "linear_naive", "quantize"]
+__all__ = ["Blocked", "linear", "linear_naive", "quantize"]
 
 ROWS = 64  # Of more, BLAS is quicker with float32 weights; it has no batch invariance to keep.
 SMALL = 1 << 19  # Products that cost less than waking other threads.

@@ -33,7 +33,6 @@ VECTORS = 4 if WIDE else 2  # of weights at a time: with those of six rows, all 
 CHANNELS = LANES * VECTORS
 MOST_ROWS = 6
 TOKENS = 192  # whose inputs stay in a core's cache while the weights pass
-BIGGEST = 127 * 32767
 
 NONE = np.empty(0, np.float32)
 
@@ -66,6 +65,7 @@ def from_blocks(blocks: Blocks, outputs: int, inputs: int) -> Blocks:
     return cast("Blocks", np.ascontiguousarray(whole[:outputs, :inputs]))
 
 
+@numba.njit(cache=True)
 def most(inputs: int) -> int:
     """The largest integer that an input may become: no sum of so many products with weights of eight bits overflows."""
     return min(32767, (2**31 - 1) // (127 * inputs))
@@ -199,7 +199,7 @@ def rounded(x: Floats) -> tuple[npt.NDArray[np.int16], Floats]:
     largest number becomes `most(K)`."""
     wide_vectors()
     T, K = x.shape
-    top = np.float32(min(32767, (2**31 - 1) // (127 * K)))
+    top = np.float32(most(K))
     whole, steps = np.zeros((T, K + K % 2), np.int16), np.empty(T, np.float32)
     for t in range(T):
         row, to = x[t], whole[t]

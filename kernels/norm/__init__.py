@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.fastmath import wide_vectors
 from kernels.invariance import Invariance
-from kernels.pool import Floats
+from kernels.pool import Floats, inference
 
 __all__ = ["few", "rms_norm_step"]
 
@@ -30,14 +30,7 @@ def _rms_norm(x: Floats, weight: Floats, eps: float, out: Floats) -> None:
 
 def few(x: Tensor) -> bool:
     """Whether `rms_norm_step` may take x, and is quicker."""
-    return (
-        x.dtype is torch.float32
-        and (x.numel() <= MOST or Invariance.on)
-        and not x.is_cuda
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and (x.is_contiguous() or Invariance.on)
-    )
+    return inference(x) and (Invariance.on or (x.numel() <= MOST and x.is_contiguous()))
 
 
 def rms_norm_step(x: Tensor, weight: Floats, eps: float) -> Tensor:

@@ -17,11 +17,9 @@ from rich.progress import track
 from kernels.invariance import use_invariance
 from models.checkpoint import ZOO
 from models.decoder import Decoder
-from models.load import load, pick_device, pick_dtype, prepare
+from models.load import load
 from models.paths import NOWHERE
-from models.registry import family
-from models.train.loop import initialise
-from serving.bench.measure import report
+from serving.bench.measure import random_model, report
 from serving.engine.choice import StageChooser
 from serving.engine.core import Ints, Request, Result, Tick
 from serving.engine.depth import DepthPolicy
@@ -254,16 +252,6 @@ def _agree(a: dict[str, list[int]], b: dict[str, list[int]]) -> bool:
     return all(x == y for key in a for x, y in zip(a[key], b[key], strict=False))
 
 
-def larger(dtype: str) -> Decoder:
-    """The larger model of random weights."""
-    device = pick_device("auto")
-    _, model = family(LARGER, RANDOM).build(LARGER, RANDOM)
-    initialise(model, seed=0)
-    model.to(pick_dtype(dtype, device)).to(device).requires_grad_(False).eval()
-    prepare(model)
-    return model
-
-
 def zoo() -> Iterator[str]:
     """The models that ship and have exits."""
     for folder in sorted(ZOO.glob("*/model.safetensors")):
@@ -305,13 +293,14 @@ def run(
     use_invariance(batch_invariant)
     rows = []
     for name in names or [*zoo(), RANDOM]:
-        loaded = None if name == RANDOM else load(name, dtype)
-        model = larger(dtype) if loaded is None else loaded.model
+        replayed = name == RANDOM
+        loaded = random_model(LARGER, RANDOM, dtype) if replayed else load(name, dtype)
+        model = loaded.model
         if all(node.exit_to == NOWHERE for node in model.path().nodes):
             raise InvalidArgumentError("model", name, "every token of this model takes all of its layers")
-        exits = exits_of(model, replayed=loaded is None)
+        exits = exits_of(model, replayed=replayed)
         for count in track(sequences, description=name, transient=True):
-            prompts = prompts_for(model, loaded and loaded.tokenizer, count)
+            prompts = prompts_for(model, loaded.tokenizer, count)
             rows += measure(model, name, exits, tokens, prompts, clock)
     counted = "of the processor" if processor_time else "by the clock"
     report(

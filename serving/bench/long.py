@@ -8,10 +8,8 @@ from typing import Any
 
 from rich.progress import track
 
-from models.load import LoadedModel, load, prepare
-from models.registry import family
-from models.train.loop import initialise
-from serving.bench.measure import report
+from models.load import LoadedModel, load
+from serving.bench.measure import random_model, report
 from serving.engine.core import Request
 from serving.engine.params import SamplingParams
 from serving.llm import LLM
@@ -37,7 +35,11 @@ def run(models: Sequence[str], tokens: int, dtype: str, threads: int | None) -> 
     """Each is a model, or "ops" for those of OPS; the last line has a row for each, and the worst of all."""
     each: dict[str, str | LoadedModel] = {}
     for model in models:
-        each |= {op: _random(op) for op in OPS} if model == "ops" else {model: model}
+        each |= (
+            {op: random_model({**_FRAME, **raw}, op, dtype) for op, raw in OPS.items()}
+            if model == "ops"
+            else {model: model}
+        )
     rows = [_row(name, model, tokens, dtype, threads) for name, model in each.items()]
     report(
         f"one sequence, at token 1,000 and at token {tokens:,}",
@@ -88,15 +90,6 @@ def _row(name: str, model: str | LoadedModel, tokens: int, dtype: str, threads: 
         "latency_ratio": round(medians[1] / medians[0], 4),
         "memory_ratio": round(memory_after / memory_before, 4),
     }
-
-
-def _random(op: str) -> LoadedModel:
-    raw = {**_FRAME, **OPS[op]}
-    config, model = family(raw, op).build(raw, op)
-    initialise(model, seed=0)
-    model.requires_grad_(False).eval()
-    prepare(model)
-    return LoadedModel(op, model, config, raw["model_type"], tokenizer=None, fingerprint=op)
 
 
 def resident() -> int:

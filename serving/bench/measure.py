@@ -10,6 +10,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from models.load import LoadedModel, pick_device, pick_dtype, prepare
+from models.registry import family
+from models.train.loop import initialise
+
 
 def seconds(
     work: Callable[[], object],
@@ -37,6 +41,16 @@ def read_seconds(nbytes: int, device: torch.device, clock: Callable[[], float] =
             torch.cuda.synchronize()
 
     return seconds(read, clock=clock)
+
+
+def random_model(raw: dict[str, Any], name: str, dtype: str) -> LoadedModel:
+    """A model of random weights, ready to serve, by its configuration; it has no tokenizer."""
+    device = pick_device("auto")
+    config, model = family(raw, name).build(raw, name)
+    initialise(model, seed=0)
+    model.to(pick_dtype(dtype, device)).to(device).requires_grad_(False).eval()
+    prepare(model)
+    return LoadedModel(name, model, config, raw["model_type"], tokenizer=None, fingerprint=name)
 
 
 def report(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], result: dict[str, Any]) -> None:

@@ -22,6 +22,13 @@ from kernels.linear.blocks_numba import (
 )
 
 SIZES = st.sampled_from([1, 2, 3, 15, 16, 63, 64, 67, 130])
+SHAPES = given(
+    rows=st.integers(1, 14),
+    inner=st.integers(1, 70),
+    outer=SIZES,
+    biased=st.booleans(),
+    seed=st.integers(0, 99),
+)
 
 
 def case(rows: int, inner: int, outer: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -32,13 +39,7 @@ def case(rows: int, inner: int, outer: int, seed: int) -> tuple[torch.Tensor, to
 
 
 @torch.no_grad()
-@given(
-    rows=st.integers(1, 14),
-    inner=st.integers(1, 70),
-    outer=SIZES,
-    biased=st.booleans(),
-    seed=st.integers(0, 99),
-)
+@SHAPES
 def test_floats_equal_the_plain_twin(rows: int, inner: int, outer: int, biased: bool, seed: int) -> None:
     x, weight, bias = case(rows, inner, outer, seed)
     chosen = bias if biased else None
@@ -48,13 +49,7 @@ def test_floats_equal_the_plain_twin(rows: int, inner: int, outer: int, biased: 
 
 
 @torch.no_grad()
-@given(
-    rows=st.integers(1, 14),
-    inner=st.integers(1, 70),
-    outer=SIZES,
-    biased=st.booleans(),
-    seed=st.integers(0, 99),
-)
+@SHAPES
 def test_eight_bits_equal_the_plain_twin(rows: int, inner: int, outer: int, biased: bool, seed: int) -> None:
     x, weight, bias = case(rows, inner, outer, seed)
     stored, scale = quantize(weight)

@@ -6,6 +6,7 @@ forking or moving a sequence is one copy of one contiguous run. A layer sees its
 """
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from models.pages import Pages
 from models.paging import PAGE, pages_for
 
 ALIGNMENT = 16  # floats: one cache line
+SLAB = 8 << 20  # bytes of the rows that are allocated together
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ class Layout:
         return any(layer.paged for layer in self.layers)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Snapshot:
     """The state of one sequence, apart from any pool."""
 
@@ -136,6 +138,26 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         return int(self.row.nbytes + sum(e.nbytes for e in self.entries.values()))
+
+
+class Rows:
+    """Rows of snapshots, of which each returns when its snapshot is dropped. Allocated one by one, between whatever
+    else is allocated meanwhile, they would leave holes, of which memory grows for hours."""
+
+    def __init__(self, like: Tensor):
+        """`like`: a row."""
+        self._like = like
+        self._free: list[Tensor] = []
+
+    def snapshot(self, row: Tensor) -> Snapshot:
+        """Of a copy of this row."""
+        if not self._free:
+            count = max(1, SLAB // max(1, row.nbytes))
+            self._free += self._like.new_empty(count, len(row)).unbind()
+        kept = self._free.pop().copy_(row)
+        snapshot = Snapshot(kept)
+        weakref.finalize(snapshot, self._free.append, kept).atexit = False
+        return snapshot
 
 
 class StatePool:
@@ -158,6 +180,7 @@ class StatePool:
         places, floats = layout.places()
         self.arena = torch.zeros(slots + 1, floats, device=device)
         self._blank = torch.zeros(floats, device=device)
+        self._rows = Rows(self._blank)
         self.pages: dict[int, Pages] = {}  # by group
         self.layers: list[LayerState] = []
         for layer, place in zip(layout.layers, places, strict=True):
@@ -220,7 +243,7 @@ class StatePool:
 
     def read(self, slot: int, above: Snapshot | None = None) -> Snapshot:
         """A copy of a slot's state; of what grows only what was added since `above`, an earlier state of it."""
-        snapshot = Snapshot(self.arena[slot].clone())
+        snapshot = self._rows.snapshot(self.arena[slot])
         for group, pages in self.pages.items():
             for instance, count in enumerate(pages.entries[slot].tolist()):
                 snapshot.counts[group, instance] = count

@@ -64,7 +64,7 @@ class ModelSpec(Strict):
     0: never, and all its tokens are computed again; null: 32 to 256, the smaller the state the sooner."""
     shed_wait_s: float | None = Field(0.5, gt=0)  # a request waits so long before depth is shed; null: never
     min_depth: int | None = Field(None, ge=1)  # down to here, for requests that say nothing; null: not theirs
-    max_waiting: int = Field(1024, ge=0)  # requests that one replica queues
+    max_waiting: int = Field(256, ge=0)  # requests that one replica queues
     batch_invariant: bool = True  # the same numbers in any batch, to the bit; slower prompts
     threads: int | None = Field(
         None, ge=1, le=1024

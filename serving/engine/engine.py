@@ -28,7 +28,7 @@ class Engine:
         *,
         eos_token_ids: Seq[int] = (),
         prefill_tokens: int = 256,
-        max_waiting: int = 1024,
+        max_waiting: int = 256,
         max_tokens: int = 1 << 20,
         clock: Callable[[], float] = time.monotonic,
         observer: Observer | None = None,

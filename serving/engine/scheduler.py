@@ -68,13 +68,12 @@ class Scheduler:
         self._final = final_stages
         self._max_tokens = max_tokens
         self._prefill_tokens = prefill_tokens
-        self._max_waiting = max_waiting
         self._clock = clock
         self._min_depth = min_depth
         self.governor = Governor(shed_wait_s, clock)
         self._fills = fills
         self._one_by_one = one_by_one
-        self._waiting = WaitingQueue()
+        self._waiting = WaitingQueue(max_waiting)
         self._prefilling: list[Sequence] = []
         self._chunks: list[Chunk] = []
         self._deadlines: list[tuple[float, str]] = []
@@ -93,8 +92,9 @@ class Scheduler:
             given = f"{len(request.prompt)} tokens and max_tokens = {request.params.max_tokens}"
             limit = f"need room for {tokens} tokens, this model has it for {self.budget.capacity}"
             raise InvalidArgumentError("prompt", given, limit)
-        full = len(self._waiting) >= self._max_waiting and (self._waiting or self.slots.available < needed)
+        full = self._waiting.full and (self._waiting or self.slots.available < needed)
         if full and request.priority <= MAX_PRIORITY:  # above are those that had their place elsewhere
+            self._waiting.refused()
             raise OverloadedError(f"the queue is full: {len(self._waiting)} requests are waiting")
         request.arrival = self._clock()
         self.requests[request.id] = request

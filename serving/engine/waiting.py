@@ -1,19 +1,42 @@
-"""The queue of requests that wait for slots: by priority, and fair between those who ask."""
+"""The queue of requests that wait for slots: by priority, fair between those who ask, and bounded."""
 
 import heapq
 import itertools
+import sys
+from typing import NamedTuple
 
 from models.paths import Path
 from serving.engine.core import Request
+from serving.engine.params import MAX_PRIORITY
+
+
+class Entry(NamedTuple):
+    """A place in the queue, and who has it."""
+
+    rank: int  # the least goes first
+    start: float  # in virtual time
+    place: int  # of those alike in both the first goes first
+    order: int  # of arrival
+    request: Request
+    path: Path
+
+    def taken_by(self, other: "Entry") -> "Entry":
+        return self._replace(order=other.order, request=other.request, path=other.path)
 
 
 class WaitingQueue:
     """Start-time fair queuing (Goyal, Vin and Cheng 1996): a request's turn comes after as much work as its owner has
-    already asked for. Of one owner's requests the first comes first. Whoever was idle begins at the present, and
-    saves up nothing."""
+    already asked for. Whoever was idle begins at the present, and saves up nothing.
 
-    def __init__(self) -> None:
-        self._heap: list[tuple[int, float, int, Request, Path]] = []
+    Of one owner's requests the first comes first; while the queue has been full of late, the last does. Where more
+    come than can be served all would wait long in their order; so some are served at once, and the others no
+    later than not at all (adaptive LIFO: Maurer, Fail at Scale, ACM Queue 13(8), 2015)."""
+
+    def __init__(self, most: int = sys.maxsize) -> None:
+        """It is full with `most` requests: callers look, and do not push."""
+        self._most = most
+        self._hurried = 0  # how many turns yet the newest goes first
+        self._heap: list[Entry] = []
         self._order = itertools.count()
         self._now = 0.0  # virtual time: the start of the request that was taken last
         self._ends: dict[str, float] = {}  # virtual end of each owner's newest request
@@ -21,28 +44,56 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._heap)
 
+    @property
+    def full(self) -> bool:
+        return len(self._heap) >= self._most
+
+    def refused(self) -> None:
+        """Somebody found it full."""
+        self._hurried = max(1, self._most // 4)
+
     def push(self, request: Request, path: Path) -> None:
         start = max(self._now, self._ends.get(request.owner, 0.0))
         given = 0 if request.reads_only else request.params.n * request.params.max_tokens
         self._ends[request.owner] = start + len(request.prompt) + given
-        heapq.heappush(self._heap, (-request.priority, start, next(self._order), request, path))
+        order = next(self._order)
+        heapq.heappush(self._heap, Entry(-request.priority, start, order, order, request, path))
 
     def first(self) -> tuple[Request, Path]:
         """Whose turn it is. Raises IndexError where nobody waits."""
-        return self._heap[0][3:]
+        turn = self._turn()
+        return turn.request, turn.path
 
     def take(self) -> tuple[Request, Path]:
         """Likewise, and out of the queue."""
-        _, start, _, request, path = heapq.heappop(self._heap)
-        self._now = max(self._now, start)
+        turn, first = self._turn(), heapq.heappop(self._heap)
+        if turn is not first:  # each of the others moves into the place of the next
+            places = sorted(e for e in self._heap if _alike(e, first))
+            others = [e for e in self._heap if not _alike(e, first)]
+            moved = map(Entry.taken_by, places, [first, *places])
+            self._heap = [*others, *moved]
+            heapq.heapify(self._heap)
+        self._now = max(self._now, first.start)
+        self._hurried = max(0, self._hurried - 1)
         if not self._heap:  # nobody has to wait for anybody
             self._ends.clear()
-        return request, path
+        return turn.request, turn.path
+
+    def _turn(self) -> Entry:
+        first = self._heap[0]
+        if not self._hurried or first.request.priority > MAX_PRIORITY:  # those had their place elsewhere
+            return first
+        return max((e for e in self._heap if _alike(e, first)), key=lambda e: e.order)
 
     def oldest(self) -> float | None:
         """When the one who waits longest arrived."""
-        return min((entry[3].arrival for entry in self._heap), default=None)
+        return min((entry.request.arrival for entry in self._heap), default=None)
 
     def withdraw(self, request: Request) -> None:
-        self._heap = [entry for entry in self._heap if entry[3] is not request]
+        self._heap = [entry for entry in self._heap if entry.request is not request]
         heapq.heapify(self._heap)
+
+
+def _alike(a: Entry, b: Entry) -> bool:
+    """Whether only the order of arrival decides between them."""
+    return a.rank == b.rank and a.request.owner == b.request.owner

@@ -30,6 +30,21 @@ def test_a_crowd_of_one_does_not_keep_another_waiting() -> None:
     assert served.index("late0") <= 1 and served.index("late1") <= 3
 
 
+def test_a_full_queue_serves_the_newest_of_whose_turn_it_is_for_a_while() -> None:
+    queue = WaitingQueue(8)
+    for number in range(6):
+        queue.push(request("crowd", number), plain())
+    queue.push(request("late", 0), plain())
+    assert not queue.full
+    queue.push(request("late", 1), plain())
+    assert queue.full
+    queue.refused()
+    assert [queue.take()[0].id for _ in range(2)] == ["crowd5", "late1"]
+    assert drained(queue) == ["crowd0", "late0", "crowd1", "crowd2", "crowd3", "crowd4"], (
+        "in their order again"
+    )
+
+
 def test_large_requests_count_for_more() -> None:
     queue = WaitingQueue()
     for number in range(20):
@@ -41,18 +56,25 @@ def test_large_requests_count_for_more() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from("abc"), st.integers(1, 50), st.sampled_from([-1, 0, 1]), st.booleans()),
+        st.tuples(
+            st.sampled_from("abc"),
+            st.integers(1, 50),
+            st.sampled_from([-1, 0, 1]),
+            st.sampled_from(["", "take", "refuse"]),
+        ),
         max_size=60,
     )
 )
 def test_nothing_is_lost_and_each_owners_requests_stay_in_order(
-    events: list[tuple[str, int, int, bool]],
+    events: list[tuple[str, int, int, str]],
 ) -> None:
-    queue, taken, pushed = WaitingQueue(), [], []
-    for number, (owner, tokens, priority, take) in enumerate(events):
+    queue, taken, pushed = WaitingQueue(16), [], []
+    for number, (owner, tokens, priority, then) in enumerate(events):
         queue.push(request(owner, number, tokens, priority), plain())
         pushed.append(number)
-        if take:
+        if then == "refuse":
+            queue.refused()
+        if then == "take":
             best = max(-entry[0] for entry in queue._heap)
             taken.append(queue.take()[0])
             assert taken[-1].priority == best

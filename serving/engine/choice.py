@@ -1,16 +1,17 @@
 """Which stage runs next.
 
-A tick of stage s costs a launch A_s, however few its rows, and so much a row. Of N rows that are parked somewhere, w
-at s, a tick of s gives the rest no ride on its launch: it wastes A_s (1 - w / N). The stage that wastes least runs.
-So rows that have left the core wait for its ticks while they are few, and are served as soon as the places that they
-leave empty there cost more than a launch for them alone; where launches cost nothing, the fullest stage runs.
-Nothing waits longer than PATIENCE ticks.
+A tick of stage s costs a launch A_s, however few its rows, and so much a row. Of N rows that are parked somewhere r_s N
+pass s on their way to the head, w of them are there now, and a tick of s gives the rest no ride on its launch: it
+wastes A_s (1 - w / r_s N). The stage that wastes least runs. So rows that have left the core wait for its ticks while
+they are few, and are served as soon as the places that they leave empty there cost more than a launch for them
+alone; those that go deepest go as soon as all are there that will; where launches cost nothing, the fullest stage
+runs. Nothing waits longer than PATIENCE ticks. r_s is what it has been of late.
 """
 
 import numpy as np
 
 from serving.engine.core import Ints
-from serving.engine.costs import Cost
+from serving.engine.costs import MEMORY, Cost
 
 PATIENCE = 16
 
@@ -23,11 +24,14 @@ class StageChooser:
         final stage begins again at the first one, and is in nobody's batch before it has passed both. None: tokens
         come back to the stage at which they begin, so that others are there too."""
         self._first, self._final = first, final
+        self._passed: dict[int, float] = {}  # tokens through each stage, older ones fading away
         self._costs: dict[int, Cost] = {}
 
     def ran(self, stage: int, tokens: int, seconds: float) -> None:
         """Learn from a tick."""
         self._costs.setdefault(stage, Cost()).observe(tokens, seconds)
+        self._passed = {known: MEMORY * passed for known, passed in self._passed.items()}
+        self._passed[stage] = self._passed.get(stage, 0.0) + tokens
 
     def choose(self, stages: Ints, tokens: Ints, waited: Ints) -> int:
         """`stages`, `tokens` and ticks `waited` of everything that is parked; the stage to run."""
@@ -38,9 +42,15 @@ class StageChooser:
         oldest = int(waited.argmax())
         if waited[oldest] > PATIENCE:
             return int(stages[oldest])
-        share = waiting / waiting.sum()
+        share = {s: min(1.0, waiting[s] / (waiting.sum() * self._reach(s))) for s in there}
         # Of equals the fullest, then the one nearest to the head.
         return min(there, key=lambda s: (round(self._launch(s) * (1 - share[s]), 9), -share[s], -s))
+
+    def _reach(self, stage: int) -> float:
+        """The share of tokens that pass this stage."""
+        whole = sum(self._passed.get(final, 0.0) for final in self._final)
+        passed = self._passed.get(stage, 0.0)
+        return passed / whole if 0 < passed < whole else 1.0
 
     def _launch(self, stage: int) -> float:
         """Seconds of a run however few its rows."""

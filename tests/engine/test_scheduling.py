@@ -298,3 +298,17 @@ def test_no_row_waits_for_ever() -> None:
             return
         engine.step()
     raise AssertionError("the deep row starves")
+
+
+def test_the_deep_rows_of_a_nested_model_keep_up() -> None:
+    """Nobody else ever comes to their stages, so that there is nothing to wait for once all of them are there."""
+    runner = FakeRunner(nested(3), cost=lambda stage, tokens: 1.0 + 0.05 * tokens)
+    engine = make_engine(runner, 8)
+    depths = [1, 1, 1, 1, 1, 2, 2, 3]
+    for i, depth in enumerate(depths):
+        engine.submit(request(str(i), [i], 10_000, depth=DepthPolicy.fixed(depth)))
+    made = dict.fromkeys(range(8), 0)
+    for _ in range(1000):
+        for out in engine.step():
+            made[int(out.request_id)] += len(out.ids)
+    assert min(made.values()) > 0.9 * max(made.values()), made

@@ -18,3 +18,4 @@ class Entry:
     model: str
     address: str  # host:port of its Engine service
     token: str  # that it asks of whoever calls
+    process: str = ""  # that it runs in (see serving.cluster.death)

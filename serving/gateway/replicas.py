@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from protos.fathom.internal.v1 import engine_pb2 as wire
 from protos.fathom.internal.v1 import engine_pb2_grpc
 from serving.cluster.convert import error_from, output_from, submit_from
+from serving.cluster.death import death
 from serving.cluster.link import SIGN_OF_LIFE_S, STREAM_OPTIONS, TOKEN_KEY, Entry
 from serving.engine.core import Request
 from serving.engine.description import Description
@@ -117,12 +118,16 @@ class Replica:
 
     async def _run(self) -> None:
         reason = "its stream ended"
+        dying = asyncio.ensure_future(death(self.entry.process))
         try:
             stream = aiter(self._stub.Attach(self._outgoing(), metadata=self._credentials()))
             while True:
                 reading = asyncio.ensure_future(anext(stream))
                 try:
-                    await _within(reading, SILENCE_S)
+                    await _within({reading, dying}, SILENCE_S)
+                    if not reading.done():
+                        reason = "its process is ending"
+                        break
                     self._take(reading.result())
                 finally:
                     reading.cancel()
@@ -136,6 +141,7 @@ class Replica:
             log.exception("reading from replica %s", self.entry.replica)
             reason = str(error)
         finally:
+            dying.cancel()
             self.alive = False
             if self.description is not None:
                 log.warning("replica %s of %s is gone: %s", self.entry.replica, self.entry.model, reason)
@@ -169,11 +175,11 @@ class Replica:
                 mailbox.fail(error_from(failed))
 
 
-async def _within(task: asyncio.Future[Any], seconds: float) -> None:
-    """Until the task is done. Raises TimeoutError when it takes longer, and not because this very event loop was
-    held up: after that, the task has its chance first."""
+async def _within(tasks: set[asyncio.Future[Any]], seconds: float) -> None:
+    """Until one of the tasks is done. Raises TimeoutError when it takes longer, and not because this very event loop
+    was held up: after that, the tasks have their chance first."""
     for _ in range(2):
-        done, _ = await asyncio.wait({task}, timeout=seconds / 2)
+        done, _ = await asyncio.wait(tasks, timeout=seconds / 2, return_when=asyncio.FIRST_COMPLETED)
         if done:
             return
     raise TimeoutError

@@ -1,6 +1,8 @@
 """Streams outlive the replica that they began on: the same tokens as if nothing had happened."""
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from serving import LLM, SamplingParams
+from serving.cluster.death import own_process
 from serving.config import GatewaySpec
 from serving.engine.core import Tick
 from serving.errors import InvalidArgumentError, UnavailableError
@@ -195,3 +198,20 @@ async def test_a_gateway_that_was_held_up_does_not_believe_in_silence(folder: Pa
         assert await all_streams(h, held_up) == quiet
         assert h.fleet.replicas() == [replica]
         await h.idle()
+
+
+async def test_streams_leave_a_dying_process_before_its_sockets_close(folder: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        async with house(folder, replicas=2) as h:
+            quiet = await all_streams(h, None)
+            first, second = (replica.entry for replica in h.fleet.replicas())
+            here = own_process().rpartition(" ")[0]
+            h.fleet.update([replace(first, process=f"{here} {child.pid}"), second])
+            while len(h.fleet.replicas()) < 2:
+                await asyncio.wait_for(h.fleet.changed(), 10)
+
+            async def end(h: House) -> None:
+                child.kill()
+
+            assert await all_streams(h, end) == quiet
+            assert [replica.entry for replica in h.fleet.replicas()] == [second]

@@ -2,6 +2,7 @@
 upgraded under load, and loses nodes under load, both with and without notice."""
 
 import asyncio
+import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -63,11 +64,22 @@ def ask(number: int, model: str) -> pb.GenerateRequest:
     return pb.GenerateRequest(model=model, text=PROMPTS[number % len(PROMPTS)], sampling=sampling)
 
 
-async def generate(channel: grpc.aio.Channel, number: int, model: str = "gla") -> list[int]:
+async def generate(
+    channel: grpc.aio.Channel, number: int, model: str = "gla", gaps: list[float] | None = None
+) -> list[int]:
+    """The tokens; `gaps` takes the seconds between any two messages."""
     stream = inference_pb2_grpc.InferenceStub(channel).Generate(
         ask(number, model), timeout=120, metadata=METADATA
     )
-    return [token async for message in stream for token in message.token_ids]
+    tokens: list[int] = []
+    before = None
+    async for message in stream:
+        now = time.monotonic()
+        if gaps is not None and before is not None:
+            gaps.append(now - before)
+        tokens += message.token_ids
+        before = now
+    return tokens
 
 
 @dataclass
@@ -77,6 +89,7 @@ class Load:
     expected: list[list[int]]
     done: int = 0
     wrong: list[str] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)  # seconds between two messages of a stream
 
     @classmethod
     @asynccontextmanager
@@ -108,7 +121,10 @@ class Load:
     async def _stream(self, channel: grpc.aio.Channel, number: int, stop: asyncio.Event) -> None:
         while not stop.is_set():
             try:
-                got, expected = await generate(channel, number), self.expected[number % len(PROMPTS)]
+                got, expected = (
+                    await generate(channel, number, gaps=self.gaps),
+                    self.expected[number % len(PROMPTS)],
+                )
                 if got != expected:
                     same = next(
                         (n for n, pair in enumerate(zip(got, expected, strict=False)) if pair[0] != pair[1]),
@@ -205,11 +221,16 @@ async def test_a_worker_that_dies_costs_at_most_the_streams_of_its_gateway(nodes
     """The others go on elsewhere, with the same tokens; and once Ray has noticed, all is well again."""
     dying = next(n for n in nodes.workers if n.address == engines(nodes)[0]["node_ip"])
     async with Load.on([node.address for node in nodes.workers if node is not dying]) as load:
+        before = max(load.gaps)
+        load.gaps.clear()
         dying.kill()
         await later("Ray notices", lambda: nodes.alive() == len(nodes.workers))
         lost = len(load.wrong)
         await load.more(16)
         assert len(load.wrong) == lost, load.wrong
+        pause = max(load.gaps)
+        print(f"the longest pause: {pause:.2f} s, and {before:.2f} s before")
+        assert pause < 3, "of streams whose gateway lives"
     nodes.workers.remove(dying)
     assert all(text.startswith("UNAVAILABLE") for text in load.wrong), load.wrong
     assert len(load.wrong) <= 8, load.wrong  # each of the streams once

@@ -14,12 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernels.depth import confidence
+from kernels.depth import confidence, confidence_of
 from kernels.linear import Blocked, linear
 from models.batch import Batch
 from models.layers import Linear
 from models.paths import Node, Path
 from models.state import LayerLeaves, LayerState, Layout
+
+AT_ONCE = 32
+"""Rows whose logits are there at a time where only their confidence is wanted."""
 
 
 class Mixer(nn.Module):
@@ -239,7 +242,9 @@ class Decoder(nn.Module):
         return self.head(self.intermediate(rows, index, batch, states))
 
     def confidence(self, x: Tensor) -> Tensor:
-        """How sure the head is of normed hidden vectors [R, D], without their logits: [R, 4] (see kernels.depth)."""
+        """How sure the head is of normed hidden vectors [R, D]: [R, 4] (see kernels.depth)."""
+        if not x.is_cuda:
+            return torch.cat([confidence_of(self.head(rows)) for rows in x.split(AT_ONCE)])
         head = self.embeddings if self.lm_head is None else self.lm_head
         bias = None if self.lm_head is None else self.lm_head.bias
         return cast("Tensor", confidence(x, head.weight, bias, self.logit_softcap))

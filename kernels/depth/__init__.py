@@ -15,12 +15,10 @@ from kernels.library import define
 from kernels.pool import as_float32
 
 __all__ = [
-    "compact", "compact_naive", "confidence", "confidence_naive", "depth_lora", "depth_lora_naive",
-    "depth_lora_step",
+    "compact", "compact_naive", "confidence", "confidence_naive", "confidence_of", "depth_lora",
+    "depth_lora_naive", "depth_lora_step",
 ]  # fmt: skip
 
-BLOCK = 1024
-"""Logits of a token that are there at a time, on a CPU."""
 SPLIT = 4096
 """Logits that one program of a GPU looks at: a vocabulary of 128 k makes 32 programs for each block of tokens."""
 
@@ -112,16 +110,14 @@ compact = define(
 
 
 def _confidence_on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    T, V = x.shape[0], weight.shape[0]
-    stats = np.zeros((T, 4), np.float32)
-    stats[:, :2] = np.finfo(np.float32).min
-    likeliest = np.zeros(T, np.int64)
-    for first in range(0, V, BLOCK):
-        part = slice(first, first + BLOCK)
-        logits = torch.nn.functional.linear(x, weight[part], None if bias is None else bias[part]).float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        confidence_numba(as_float32(logits), first, stats, likeliest)
+    logits = torch.nn.functional.linear(x, weight, bias).float()
+    return confidence_of(logits if softcap is None else softcap * torch.tanh(logits / softcap))
+
+
+def confidence_of(logits: Tensor) -> Tensor:
+    """`confidence` where the logits [T, V] are there, on a CPU."""
+    stats, likeliest = np.empty((len(logits), 4), np.float32), np.empty(len(logits), np.int64)
+    confidence_numba(as_float32(logits), stats, likeliest)
     return _from_stats(torch.from_numpy(stats), torch.from_numpy(likeliest))
 
 
@@ -169,5 +165,5 @@ confidence = define(
     fake=lambda x, weight, bias, softcap: x.new_empty(x.shape[0], 4, dtype=torch.float32),
 )
 """Normed hidden vectors x [T, D], a head's weight [V, D] and bias [V] -> [T, 4] float32: the largest probability, its
-lead on the second largest, the entropy in nats, and the likeliest token (exact to 2^24). The logits are never all
-there."""
+lead on the second largest, the entropy in nats, and the likeliest token (exact to 2^24). On a GPU the logits are
+never all there."""

@@ -58,25 +58,25 @@ def compact_numba(
 
 @numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True, nogil=True)
 def confidence_numba(
-    logits: Floats,  # [T, block], of tokens first, first + 1, ...
-    first: int,
-    stats: Floats,  # [T, 4], updated: largest logit, second, sum of exp(x - largest), sum of x exp(x - largest)
-    likeliest: Ints,  # [T], updated
+    logits: Floats,  # [T, V]
+    stats: Floats,  # [T, 4], written: largest logit, second, sum of exp(x - largest), sum of x exp(x - largest)
+    likeliest: Ints,  # [T], written
 ) -> None:
     T, V = logits.shape
     for t in numba.prange(T):
         row = logits[t]
-        largest, second = stats[t, 0], stats[t, 1]
+        largest = second = np.finfo(np.float32).min
+        at = 0
         for v in range(V):
             if row[v] > largest:
                 second, largest = largest, row[v]
-                likeliest[t] = first + v
+                at = v
             elif row[v] > second:
                 second = row[v]
-        before = exp(stats[t, 0] - largest)
-        total, weighted = stats[t, 2] * before, stats[t, 3] * before
+        total = weighted = np.float32(0.0)
         for v in range(V):
             e = exp(row[v] - largest)
             total += e
             weighted += e * row[v]
         stats[t, 0], stats[t, 1], stats[t, 2], stats[t, 3] = largest, second, total, weighted
+        likeliest[t] = at

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 from serving.config import ServeConfig
 from serving.errors import ServeConfigError
@@ -21,12 +21,16 @@ APPLICATION = "fathom"
 def serve(config: ServeConfig) -> None:
     """Start, say when ready, and stay until interrupted. Raises ServeConfigError."""
     stop = threading.Event()
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, lambda *_: stop.set())
+    _stop_when_told(stop)
     with running(config, stop) as ready:
         print(ready, flush=True)
         stop.wait()
         print("stopping", flush=True)
+
+
+def _stop_when_told(stop: threading.Event) -> None:
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, lambda *_: stop.set())
 
 
 @contextmanager
@@ -58,6 +62,8 @@ def running(config: ServeConfig, stop: threading.Event | None = None) -> Iterato
             log_to_driver=False,
             configure_logging=True,
         )
+    if stop is not None:
+        _stop_when_told(stop)  # Ray has put itself in the place of ours, and would abort
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         ray_serve.start(
@@ -79,7 +85,10 @@ def running(config: ServeConfig, stop: threading.Event | None = None) -> Iterato
         _wait(config, stop)
         yield _ready_line(config)
     finally:
-        with redirect_stderr(io.StringIO()):  # Ray reports its own parts that it has just ended
+        with (
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+        ):  # Ray reports its own parts that it has just ended
             ray_serve.shutdown()
             if owned:
                 ray.shutdown()

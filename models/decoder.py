@@ -21,8 +21,8 @@ from models.layers import Linear
 from models.paths import Node, Path
 from models.state import LayerLeaves, LayerState, Layout
 
-AT_ONCE = 32
-"""Rows whose logits are there at a time where only their confidence is wanted."""
+AT_ONCE = 1 << 21
+"""Logits that are there at a time where only the confidence of their rows is wanted."""
 
 
 class Mixer(nn.Module):
@@ -244,7 +244,9 @@ class Decoder(nn.Module):
     def confidence(self, x: Tensor) -> Tensor:
         """How sure the head is of normed hidden vectors [R, D]: [R, 4] (see kernels.depth)."""
         if not x.is_cuda:
-            return torch.cat([confidence_of(self.head(rows)) for rows in x.split(AT_ONCE)])
+            return torch.cat(
+                [confidence_of(self.head(rows)) for rows in x.split(max(1, AT_ONCE // self.vocab_size))]
+            )
         head = self.embeddings if self.lm_head is None else self.lm_head
         bias = None if self.lm_head is None else self.lm_head.bias
         return cast("Tensor", confidence(x, head.weight, bias, self.logit_softcap))

@@ -85,10 +85,8 @@ def running(config: ServeConfig, stop: threading.Event | None = None) -> Iterato
         _wait(config, stop)
         yield _ready_line(config)
     finally:
-        with (
-            redirect_stdout(io.StringIO()),
-            redirect_stderr(io.StringIO()),
-        ):  # Ray reports its own parts that it has just ended
+        # Ray reports its own parts that it has just ended.
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             ray_serve.shutdown()
             if owned:
                 ray.shutdown()

@@ -140,7 +140,7 @@ class Snapshot:
         return int(self.row.nbytes + sum(e.nbytes for e in self.entries.values()))
 
 
-class Rows:
+class Slabs:
     """Rows of snapshots, of which each returns when its snapshot is dropped. Allocated one by one, between whatever
     else is allocated meanwhile, they would leave holes, of which memory grows for hours."""
 
@@ -180,7 +180,7 @@ class StatePool:
         places, floats = layout.places()
         self.arena = torch.zeros(slots + 1, floats, device=device)
         self._blank = torch.zeros(floats, device=device)
-        self._rows = Rows(self._blank)
+        self._slabs = Slabs(self._blank)
         self.pages: dict[int, Pages] = {}  # by group
         self.layers: list[LayerState] = []
         for layer, place in zip(layout.layers, places, strict=True):
@@ -243,7 +243,7 @@ class StatePool:
 
     def read(self, slot: int, above: Snapshot | None = None) -> Snapshot:
         """A copy of a slot's state; of what grows only what was added since `above`, an earlier state of it."""
-        snapshot = self._rows.snapshot(self.arena[slot])
+        snapshot = self._slabs.snapshot(self.arena[slot])
         for group, pages in self.pages.items():
             for instance, count in enumerate(pages.entries[slot].tolist()):
                 snapshot.counts[group, instance] = count

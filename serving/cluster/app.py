@@ -9,6 +9,7 @@ through the directory, so any of them can come, go and be upgraded alone.
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from typing import Any
@@ -21,7 +22,7 @@ from ray import serve
 from ray.serve import Application
 
 from serving.cluster import autoscaling
-from serving.cluster.death import own_process
+from serving.cluster.death import process_of
 from serving.cluster.directory import BEAT_S, directory
 from serving.cluster.link import Entry
 from serving.config import GatewaySpec, ModelSpec, Strict, validated
@@ -51,7 +52,7 @@ class EngineDeployment:
         name = serve.get_replica_context().replica_id.unique_id
         self._replica = await asyncio.to_thread(EngineReplica, spec, name, asyncio.get_running_loop())
         address = await self._replica.start(ray.util.get_node_ip_address())
-        self._entry = Entry(name, spec.name, address, self._replica.token, own_process())
+        self._entry = Entry(name, spec.name, address, self._replica.token, process_of(os.getpid()))
         self._directory = directory()
         self._beating = asyncio.create_task(self._beat())
 

@@ -13,16 +13,16 @@ LOOK_S = 0.02
 EXITING = 0x4  # PF_EXITING of a task's flags
 
 
-def own_process() -> str:
-    """Which process this is, anywhere: boot, namespace, id. Empty where there is no /proc."""
+def process_of(pid: int) -> str:
+    """What a process of this machine is called anywhere: boot, namespace, id. Empty where there is no /proc."""
     try:
-        return f"{_here()} {os.getpid()}"
+        return f"{_here()} {pid}"
     except OSError:
         return ""
 
 
 async def death(process: str) -> None:
-    """Returns as soon as the process is ending, by its `own_process`; never where that cannot be seen from here."""
+    """Returns as soon as the process is ending, by its `process_of`; never where that cannot be seen from here."""
     here, _, pid = process.rpartition(" ")
     try:
         visible = here == _here()

@@ -10,18 +10,18 @@ from serving.engine.core import Request
 from serving.engine.params import MAX_PRIORITY
 
 
-class Entry(NamedTuple):
-    """A place in the queue, and who has it."""
+class Place(NamedTuple):
+    """A place in the queue, and who has it. The least goes first; of one owner's at one priority the first to come has
+    the least."""
 
-    rank: int  # the least goes first
+    rank: int
     start: float  # in virtual time
-    place: int  # of those alike in both the first goes first
-    order: int  # of arrival
+    number: int
     request: Request
     path: Path
 
-    def taken_by(self, other: "Entry") -> "Entry":
-        return self._replace(order=other.order, request=other.request, path=other.path)
+    def taken_by(self, other: "Place") -> "Place":
+        return self._replace(request=other.request, path=other.path)
 
 
 class WaitingQueue:
@@ -36,8 +36,8 @@ class WaitingQueue:
         """It is full with `most` requests: callers look, and do not push."""
         self._most = most
         self._hurried = 0  # how many turns yet the newest goes first
-        self._heap: list[Entry] = []
-        self._order = itertools.count()
+        self._heap: list[Place] = []
+        self._numbers = itertools.count()
         self._now = 0.0  # virtual time: the start of the request that was taken last
         self._ends: dict[str, float] = {}  # virtual end of each owner's newest request
 
@@ -56,8 +56,7 @@ class WaitingQueue:
         start = max(self._now, self._ends.get(request.owner, 0.0))
         given = 0 if request.reads_only else request.params.n * request.params.max_tokens
         self._ends[request.owner] = start + len(request.prompt) + given
-        order = next(self._order)
-        heapq.heappush(self._heap, Entry(-request.priority, start, order, order, request, path))
+        heapq.heappush(self._heap, Place(-request.priority, start, next(self._numbers), request, path))
 
     def first(self) -> tuple[Request, Path]:
         """Whose turn it is. Raises IndexError where nobody waits."""
@@ -68,9 +67,9 @@ class WaitingQueue:
         """Likewise, and out of the queue."""
         turn, first = self._turn(), heapq.heappop(self._heap)
         if turn is not first:  # each of the others moves into the place of the next
-            places = sorted(e for e in self._heap if _alike(e, first))
-            others = [e for e in self._heap if not _alike(e, first)]
-            moved = map(Entry.taken_by, places, [first, *places])
+            places = sorted(place for place in self._heap if _alike(place, first))
+            others = [place for place in self._heap if not _alike(place, first)]
+            moved = map(Place.taken_by, places, [first, *places])
             self._heap = [*others, *moved]
             heapq.heapify(self._heap)
         self._now = max(self._now, first.start)
@@ -79,21 +78,21 @@ class WaitingQueue:
             self._ends.clear()
         return turn.request, turn.path
 
-    def _turn(self) -> Entry:
+    def _turn(self) -> Place:
         first = self._heap[0]
         if not self._hurried or first.request.priority > MAX_PRIORITY:  # those had their place elsewhere
             return first
-        return max((e for e in self._heap if _alike(e, first)), key=lambda e: e.order)
+        return max(place for place in self._heap if _alike(place, first))
 
     def oldest(self) -> float | None:
         """When the one who waits longest arrived."""
-        return min((entry.request.arrival for entry in self._heap), default=None)
+        return min((place.request.arrival for place in self._heap), default=None)
 
     def withdraw(self, request: Request) -> None:
-        self._heap = [entry for entry in self._heap if entry.request is not request]
+        self._heap = [place for place in self._heap if place.request is not request]
         heapq.heapify(self._heap)
 
 
-def _alike(a: Entry, b: Entry) -> bool:
+def _alike(a: Place, b: Place) -> bool:
     """Whether only the order of arrival decides between them."""
     return a.rank == b.rank and a.request.owner == b.request.owner

@@ -1,14 +1,13 @@
 """A process that is killed is seen to die; one that cannot be seen from here is nobody's business."""
 
 import asyncio
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 
-from serving.cluster.death import death, own_process
+from serving.cluster.death import death, process_of
 
 
 @pytest.fixture
@@ -18,12 +17,8 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def process_of(pid: int) -> str:
-    assert own_process().endswith(f" {os.getpid()}")
-    return f"{own_process().rpartition(' ')[0]} {pid}"
-
-
 async def test_a_killed_process_is_seen_to_die(child: subprocess.Popen[bytes]) -> None:
+    assert process_of(child.pid).endswith(f" {child.pid}")
     dying = asyncio.ensure_future(death(process_of(child.pid)))
     await asyncio.sleep(0.1)
     assert not dying.done()

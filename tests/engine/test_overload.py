@@ -3,7 +3,6 @@ are as deep as their deadline allows."""
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
 
 from serving.engine.core import Request
@@ -67,7 +66,7 @@ def test_three_times_the_capacity_costs_depth_and_not_requests() -> None:
     governed = live_through(3.0, governed=True, floor=1)
     alone = live_through(3.0, governed=False, floor=1)
     assert governed.failed < 0.05 * 150 < alone.failed, (governed.failed, alone.failed)
-    assert np.percentile(governed.waits, 95) < 3 * WAIT_S
+    assert max(governed.waits) < 3 * WAIT_S
     assert sum(w < WAIT_S for w in governed.waits) > 2 * sum(w < WAIT_S for w in alone.waits)
     reasons = {reason for out in governed.outputs.values() for reason in out.exit_reasons}
     assert reasons == {ExitReason.FULL_DEPTH, ExitReason.GOVERNED}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from serving import LLM, SamplingParams
-from serving.cluster.death import own_process
+from serving.cluster.death import process_of
 from serving.config import GatewaySpec
 from serving.engine.core import Tick
 from serving.errors import InvalidArgumentError, UnavailableError
@@ -205,8 +205,7 @@ async def test_streams_leave_a_dying_process_before_its_sockets_close(folder: Pa
         async with house(folder, replicas=2) as h:
             quiet = await all_streams(h, None)
             first, second = (replica.entry for replica in h.fleet.replicas())
-            here = own_process().rpartition(" ")[0]
-            h.fleet.update([replace(first, process=f"{here} {child.pid}"), second])
+            h.fleet.update([replace(first, process=process_of(child.pid)), second])
             while len(h.fleet.replicas()) < 2:
                 await asyncio.wait_for(h.fleet.changed(), 10)
 

@@ -4,6 +4,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
+import torch
+
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.errors import ConfigError
@@ -44,6 +46,7 @@ FAMILIES: Mapping[str, str] = {
     "s4d": "models.mixers.s4d",
     "samba": "models.mixers.samba",
     "slstm": "models.mixers.flashrnn",
+    "sorted": "models.depth.sorted",
     "srwm": "models.mixers.srwm",
     "tcnca": "models.mixers.tcnca",
     "xlstm": "models.mixers.xlstm",
@@ -58,11 +61,24 @@ class Family(Protocol):
 
 def family(raw: dict[str, Any], file: object) -> Family:
     """The module that hosts a parsed config.json. Raises ConfigError for a `model_type` that none does."""
-    architectures = raw.get("architectures") or [None]
-    model_type = architectures[0] if architectures[0] in FAMILIES else raw.get("model_type")
+    architectures = raw.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    model_type = first if isinstance(first, str) and first in FAMILIES else raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(file, "model_type", model_type, f"must be one of {', '.join(sorted(FAMILIES))}")
     return cast("Family", importlib.import_module(FAMILIES[model_type]))
+
+
+def build(raw: dict[str, Any], file: object) -> tuple[ModelConfig, Decoder]:
+    """The model of a configuration, its weights still without memory. Raises ConfigError, also where a tensor would
+    have more bytes than can be counted."""
+    host = family(raw, file)
+    try:
+        with torch.device("meta"):
+            return host.build(raw, file)
+    except (OverflowError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(file, "", None, f"describes no model that can be built: {reason}") from error
 
 
 def names(raw: dict[str, Any], file: object) -> tuple[tuple[str, str], ...]:

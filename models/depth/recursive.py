@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict
 
 from models.config import ModelConfig
 from models.decoder import Decoder
+from models.depth.base import parts, plain_stack
 from models.depth.looped import Loop, LoopedDecoder, Skipped
 from models.depth.lora import relax
 from models.errors import ConfigError
 from models.mixers.attention import Attention
-from models.registry import family
 from models.registry import names as names_of
 
 
@@ -51,7 +51,7 @@ def build(raw: dict[str, Any], file: object) -> tuple[ModelConfig, Decoder]:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(file, ".".join(map(str, first["loc"])), first.get("input"), first["msg"]) from None
-    base_config, base = family(c.base, file).build(c.base, file)
+    base_config, base = plain_stack(c.base, file)
     _check(c, base, file)
     loop = Loop(
         depths=c.num_recursions,
@@ -61,16 +61,7 @@ def build(raw: dict[str, Any], file: object) -> tuple[ModelConfig, Decoder]:
         sequence="sequence" in c.sharing,
         gate=c.exit_gate,
     )
-    model = LoopedDecoder(
-        base.embeddings,
-        list(base.layers),
-        base.norm,
-        base.lm_head,
-        loop,
-        embedding_scale=base.embedding_scale,
-        logit_softcap=base.logit_softcap,
-        residual_in_fp32=base.residual_in_fp32,
-    )
+    model = LoopedDecoder(**parts(base), loop=loop)
     model.default_depth = c.default_depth
     if c.lora_rank:
         scale = c.lora_alpha / c.lora_rank if c.lora_alpha else 1.0
@@ -81,10 +72,6 @@ def build(raw: dict[str, Any], file: object) -> tuple[ModelConfig, Decoder]:
 
 
 def _check(c: Config, base: Decoder, file: object) -> None:
-    if type(base) is not Decoder:
-        raise ConfigError(
-            file, "base.model_type", c.base.get("model_type"), "only a plain stack can be looped"
-        )
     if len(base.layers) <= 2 * c.outside:
         raise ConfigError(file, "base.num_hidden_layers", len(base.layers), f"leaves no core for {c.sharing}")
     core = base.blocks[c.outside : len(base.layers) - c.outside]

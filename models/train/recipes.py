@@ -45,17 +45,19 @@ LLAMA: dict[str, Any] = {
 SORTED = Recipe(
     "sorted",
     {
-        **LLAMA,
-        "hidden_size": 224,
-        "intermediate_size": 672,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "head_dim": 56,
-        "exits": [2, 4, 6],
+        "model_type": "sorted",
+        "base": GLA.config,
+        "exits": [2, 3, 4],
+        "bos_token_id": 0,
+        "eos_token_id": 0,
     },
     objective=every_exit,
     steps=400,
     tokens=4096,
+    learning_rate=1e-3,
+    warmup=30,
+    start="gla",
+    muon=False,
 )
 
 MOR = Recipe(

@@ -61,13 +61,19 @@ MODELS: dict[str, dict[str, Any]] = {
         LLAMA, 4, sharing="middle_cycle", num_recursions=3, skipped="propagate"
     ),
     "sequence": recursive(LLAMA, 3, sharing="sequence", num_recursions=2),
+    "sequence shared": recursive(LLAMA, 3, sharing="sequence", num_recursions=2, skipped="shared"),
     "middle_sequence propagate": recursive(
         LLAMA, 5, sharing="middle_sequence", num_recursions=2, skipped="propagate"
     ),
     "relaxed": recursive(LLAMA, 4, sharing="middle_cycle", num_recursions=3, lora_rank=3, exit_gate=True),
+    "relaxed last_exited": recursive(
+        LLAMA, 2, sharing="cycle", num_recursions=3, lora_rank=3, skipped="last_exited"
+    ),
     "looped gla": recursive(GLA, 4, sharing="middle_cycle", num_recursions=4, exit_gate=True),
     "looped gla last_exited": recursive(GLA, 2, sharing="cycle", num_recursions=3, skipped="last_exited"),
     "looped gla propagate": recursive(GLA, 3, sharing="middle_cycle", num_recursions=3, skipped="propagate"),
+    "sorted gla": {"model_type": "sorted", "base": GLA, "exits": [1, 3]},
+    "sorted gla absent": {"model_type": "sorted", "base": GLA, "exits": [2], "skipped": "absent"},
     "ouro": OURO,
     "ouro absent": {**OURO, "skipped": "absent", "tie_word_embeddings": True},
     "huginn": HUGINN,
@@ -93,7 +99,7 @@ def loaded(name: str) -> LoadedModel:
     folder = Path(tempfile.mkdtemp(prefix="depth"))
     # A Huginn of larger random weights is chaotic: a rounding error grows with every pass; with updates by depth
     # twentyfold.
-    scale = 0.7 if "huginn" in name else 1.0 if name == "relaxed" else 1.5
+    scale = 0.7 if "huginn" in name else 1.0 if "relaxed" in name else 1.5
     return load(tiny.checkpoint(folder, MODELS[name], text=False, scale=scale), dtype="float32")
 
 
@@ -212,6 +218,24 @@ def test_policies_and_depths_share_a_batch() -> None:
     for prompt, one, made in zip(prompts, params, together, strict=True):
         alone = LLM(model, slots=1).generate(prompt, one)[0]
         assert (alone.token_ids, alone.depths) == (made.token_ids, made.depths)
+
+
+@pytest.mark.parametrize("policy", ["confidence(entropy, 3.0)", "converged(kl, 0.05)"])
+def test_a_prediction_through_the_coda_beside_a_prompt_of_many_tokens(policy: str) -> None:
+    """Who asks what a token would predict reads a prompt token by token; who does not, in chunks of the same tick."""
+    model = loaded("huginn")
+    asked, other = DepthPolicy.parse(policy), DepthPolicy.full()
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8, 9, 7, 9], [3, 2]]
+    policies = [asked, other, asked]
+    params = [
+        SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0, seed=7, depth=p)
+        for p in policies
+    ]
+    made = LLM(model, slots=3, prefill_tokens=16).generate(prompts, params)
+    for prompt, policy_, completion in zip(prompts, policies, made, strict=True):
+        ids, logprobs, depths = Plain(model.model, policy_, 7).generate(prompt, 6)
+        assert (completion.token_ids, completion.depths) == (ids, depths)
+        assert completion.logprobs == pytest.approx(logprobs, abs=1e-4)
 
 
 def test_scores_follow_the_policy() -> None:

@@ -66,6 +66,19 @@ class Batch:
         )
         return picked, tokens
 
+    def alone(self, tokens: Tensor) -> "Batch":
+        """Some of the tokens [t], each as a segment of its own."""
+        owners = torch.searchsorted(self.offsets, tokens, right=True) - 1
+        return Batch(
+            self.slots[owners],
+            self.depths[owners],
+            torch.arange(len(tokens) + 1, device=tokens.device),
+            self.positions[tokens],
+            None if self.seeds is None else self.seeds[owners],
+            None if self.ghosts is None else self.ghosts[tokens],
+            self.width[tokens] if isinstance(self.width, Tensor) else self.width,
+        )
+
     def at_depth(self, depth: int) -> "Batch":
         """The same tokens, all of them at one depth."""
         return replace(self, depths=self.depths.new_full(self.depths.shape, depth))

@@ -157,14 +157,10 @@ class Huginn(LoopedDecoder):
     def intermediate(
         self, rows: Tensor, index: Tensor, batch: Batch, states: Sequence[LayerState] | None
     ) -> Tensor:
-        """As the coda would give them now; its entries of these tokens are taken back."""
-        assert self.predicts_through is not None
-        assert states is not None and batch.segments == len(batch.positions), (
-            "one token of a sequence at a time"
-        )
-        chosen = torch.zeros(batch.segments, dtype=torch.bool, device=index.device).index_fill(0, index, True)
-        probe = batch.select(chosen)[0].at_depth(0)
-        x = self.end(rows[chosen, : self.hidden_size], rows[chosen, self.hidden_size :])
+        """As the coda would give them now; its entries of these tokens, one of a sequence, are taken back."""
+        assert self.predicts_through is not None and states is not None
+        probe, rows = batch.alone(index).at_depth(0), rows[index]
+        x = self.end(rows[:, : self.hidden_size], rows[:, self.hidden_size :])
         for i in self.stages[self.predicts_through].layers:
             x = self.layers[i](x, probe, states[i])
             states[i]["count"][probe.slots, 0] -= 1

@@ -292,8 +292,9 @@ class TorchRunner:
         stage = self.model.predicts_through
         if stage is None:
             return
-        slots = batch.slots[index].cpu().numpy()
-        for group, depths in self.model.appends(stage, torch.zeros_like(batch.slots[index])).items():
+        probe = batch.alone(index).at_depth(0)
+        slots = probe.slots.cpu().numpy()
+        for group, depths in self.model.appends(stage, probe.depths).items():
             at = depths.cpu().numpy()
             self.pool.pages[group].reach(slots, at, self._entries[stage][slots, at] + 1)
 

@@ -41,7 +41,7 @@ class Loop:
 
 class LoopedDecoder(Decoder):
     """A row is the hidden vector x, then the columns `rest` that a kind of looped model carries beside it, then, where
-    skipped depths are `last_exited`, what each layer of the core was last given."""
+    skipped depths are `last_exited`, what each layer of the core was last given, and at which depth."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class LoopedDecoder(Decoder):
         core = [self.layers[i] for stage in self.cores for i in self.stages[stage].layers]
         for module in (m for layer in core for m in layer.modules()):
             if isinstance(module, Attention):
-                module.shared = self.loop.skipped == "shared"
+                module.shared, module.newest = self.loop.skipped == "shared", self.loop.sequence
 
     # What kinds of looped models differ in.
 
@@ -115,8 +115,8 @@ class LoopedDecoder(Decoder):
 
     @property
     def row_width(self) -> int:
-        kept = len(self.stages[self.cores[0]].layers) if self.loop.skipped == "last_exited" else 0
-        return self.hidden_size * (1 + kept) + self.rest
+        kept = len(self.stages[self.cores[0]].layers) * self.hidden_size + 1
+        return self.hidden_size + self.rest + (kept if self.loop.skipped == "last_exited" else 0)
 
     def path(self) -> Path:
         passes = self.loop.depths
@@ -162,12 +162,13 @@ class LoopedDecoder(Decoder):
         return super().run(stage, self.end(x, rest), batch, states)
 
     def fill(self, stage: int, rows: Tensor, batch: Batch, states: Sequence[LayerState]) -> None:
-        """As every decoder; with `last_exited`, each layer is given what it was given last."""
-        self.token_depths.value = batch.token_depths
+        """As every decoder; with `last_exited`, each layer is given what it was given last, at the depth of then."""
+        last_exited = self.loop.skipped == "last_exited"
+        self.token_depths.value = rows[:, -1].long() if last_exited else batch.token_depths
         x, kept = rows[:, : self.hidden_size], rows[:, self.hidden_size + self.rest :]
         for j, i in enumerate(self.stages[stage].layers):
             at = slice(j * self.hidden_size, (j + 1) * self.hidden_size)
-            self.blocks[i].fill(kept[:, at] if self.loop.skipped == "last_exited" else x, batch, states[i])
+            self.blocks[i].fill(kept[:, at] if last_exited else x, batch, states[i])
 
     def normed(self, rows: Tensor) -> Tensor:
         return rows if self.loop.norm_each else self.norm(rows)
@@ -189,21 +190,23 @@ class LoopedDecoder(Decoder):
         states: Sequence[LayerState] | None,
     ) -> Tensor:
         """One pass through a core. Ghosts give each layer what they gave it last, or their hidden vector."""
-        self.token_depths.value = batch.token_depths
+        depths = batch.token_depths
         ghosts = None if batch.ghosts is None else batch.ghosts[:, None]
         last_exited = self.loop.skipped == "last_exited"
-        kept = (
-            rows[:, self.hidden_size + self.rest :].unflatten(-1, (-1, self.hidden_size))
-            if last_exited
-            else None
-        )
+        kept = None
+        if last_exited:
+            kept = rows[:, self.hidden_size + self.rest : -1].unflatten(-1, (-1, self.hidden_size))
+            if batch.ghosts is not None:
+                depths = torch.where(batch.ghosts, rows[:, -1].long(), depths)
+        self.token_depths.value = depths
         y, given = self.enter(x, rest, batch), []
         for j, i in enumerate(self.stages[stage].layers):
             if ghosts is not None:
                 y = torch.where(ghosts, x if kept is None else kept[:, j], y)
             given.append(y)
             y = self.layers[i](y, batch, None if states is None else states[i])
-        after = self._row(*self.leave(x, y, rest, batch), *(given if last_exited else ()))
+        keeping = (*given, depths[:, None].to(x.dtype)) if last_exited else ()
+        after = self._row(*self.leave(x, y, rest, batch), *keeping)
         return after if ghosts is None else torch.where(ghosts, rows, after)
 
     def _row(self, x: Tensor, rest: Tensor, *kept: Tensor) -> Tensor:

@@ -149,13 +149,6 @@ class MixtureOfRecursions(LoopedDecoder):
         self.mor = y.mor
         self.default_depth = "router"
 
-    def prepare(self) -> None:
-        """Once the weights are there, and it has shown which of them differ by recursion."""
-        untied = any(isinstance(m, MixerPerDepth) and len(m.copies) > 1 for m in self.modules())
-        if untied and self.loop.skipped == "last_exited":
-            limit = "not with attention weights that differ from recursion to recursion"
-            raise ConfigError("config.yaml", "kv_sharing.update_cache", True, limit)
-
     def _untied(self, c: llama.Config, count: int) -> Block:
         copies = [llama.block(c) for _ in range(count)]
         mixer = MixerPerDepth([b.mixer for b in copies], self.token_depths)

@@ -72,7 +72,7 @@ class MixerPerDepth(PerDepth, Mixer):
 
     def forward(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
         first = self.copies[0]
-        depths = [] if self.tied else batch.depths.unique().tolist()
+        depths = [] if self.tied else self._depths.value.unique().tolist()
         if len(depths) < 2:
             return cast("Tensor", self.copies[depths[0] if depths else 0](x, batch, state))
         if type(first) is Attention and not first.shared:

@@ -50,8 +50,9 @@ class Attention(Mixer):
         self.q_norm, self.k_norm, self.norm_heads = q_norm, k_norm, norm_heads
         self._bare = q_norm is None and k_norm is None and type(self).prepared is Attention.prepared
         self._kv_blocked: Blocked | None = None  # the last two parts of `qkv`, once they are wanted alone
-        # All depths of a looped model read what the first one wrote (recursive KV sharing).
-        self.shared = False
+        # All depths of a looped model read what the first one wrote (recursive KV sharing): up to a token's position,
+        # or (`newest`), where tokens may never have come to the layer, up to what its pass before this one wrote.
+        self.shared = self.newest = False
 
     def leaves(self) -> LayerLeaves:
         entry = (self.kv_heads, self.head_dim)
@@ -96,8 +97,8 @@ class Attention(Mixer):
         self, q: Tensor, k: Tensor | None, v: Tensor | None, batch: Batch, state: LayerState | None
     ) -> Tensor:
         """Append k and v, and read. Without them: read what is stored, up to each token's own position."""
-        entries = None if k is not None else batch.positions
         leaves, count = (pool_of(state, "k"), pool_of(state, "v")), pool_of(state, "count")
+        entries = None if k is not None else self._readable(batch, count)
         scale, softcap = self.scale, self.softcap
         if self.window is not None:
             return attention_ring(
@@ -108,6 +109,16 @@ class Attention(Mixer):
             q, k, v, *leaves, pool_of(state, "tables"), count, *batch.index,
             scale=scale, softcap=softcap, entries=entries,
         )  # fmt: skip
+
+    def _readable(self, batch: Batch, count: Tensor | None) -> Tensor:
+        """The last stored entry that each token sees."""
+        if not self.newest:
+            return batch.positions
+        assert count is not None
+        tokens, lengths = len(batch.positions), batch.offsets.diff()
+        ends = count[batch.slots, batch.depths, 0].long() - batch.offsets[1:]
+        each = ends.repeat_interleave(lengths, output_size=tokens)
+        return (each + torch.arange(tokens, device=each.device)).clamp_min(0)
 
     def _normed(self, norm: nn.Module | None, x: Tensor) -> Tensor:
         if norm is None:

@@ -135,7 +135,7 @@ class Plain:
                         if model.loop.skipped == "propagate":
                             self.mix(layer, deeper, x, position)
                         elif model.loop.skipped == "last_exited":
-                            self.mix(layer, deeper, given[j], position)
+                            self.mix(layer, deeper, given[j], position, weights_of=depth)
                 return x, depth + 1
         return x, model.loop.depths
 
@@ -213,12 +213,12 @@ class Plain:
         x = x + mixed
         return x + block.mlp(block.mlp_norm(x))
 
-    def mix(self, layer: int, depth: int, x: Tensor, position: int) -> Tensor:
-        """The mixer of one layer at one depth, its state advanced."""
+    def mix(self, layer: int, depth: int, x: Tensor, position: int, weights_of: int | None = None) -> Tensor:
+        """The mixer of one layer at one depth, its state advanced; with the weights of another depth, if told so."""
         block: Block = self.model.layers[layer]  # type: ignore[assignment]
         shared = isinstance(self.model, LoopedDecoder) and self.model.loop.skipped == "shared"
         if isinstance(self.model, LoopedDecoder):
-            self.model.token_depths.value = torch.tensor([depth])
+            self.model.token_depths.value = torch.tensor([depth if weights_of is None else weights_of])
         h = block.mixer_norm(x)
         if not isinstance(block.mixer, Attention):
             pool = self.states.setdefault((layer, depth), StatePool(Layout.of([block.leaves()]), 1))

@@ -243,6 +243,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "kv": {"enable": True, "update_cache": True},
         "part": AUX_LOSS,
     },
+    "expert untied update_cache": {"expert": True, "kv": {"enable": True, "update_cache": True}, "part": AUX_LOSS},
     "expert cycle aux_router": {
         "expert": True, "sharing": "cycle", "mlp_router": True, "capacity": "0.9,0.5", "n": 2,
         "part": {**AUX_LOSS, "sampling": "aux_router", "router_func": "tanh", "alpha": 0.5},
@@ -296,7 +297,6 @@ def test_untied_attention_stays_and_tied_weights_are_shared(tmp_path: Path) -> N
         ({"recursive": {"num_recursion": 3, "sharing": "sequence"}}, "sharing"),
         ({"mor": {"type": "expert", "capacity": "1,0.5", "expert": AUX_LOSS}}, "mor.capacity"),
         ({"relaxation": {"enable": True}}, "relaxation.enable"),
-        ({"kv_sharing": {"enable": True, "update_cache": True}}, "update_cache"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )

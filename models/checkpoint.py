@@ -15,13 +15,18 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from models.errors import CheckpointError, ModelNotFoundError
+from models.errors import CheckpointError, ConfigError, ModelNotFoundError
 from models.layers import Parted
 
 ZOO = Path(__file__).parent / "zoo"
+INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|freqs_cis$|\.attn\.bias$|\.masked_bias$")
 """Tensors that some libraries save although they follow from the configuration."""
+STORED = ("F32", "F16", "BF16", "F64")
+HEADS = ("lm_head.weight", "head.weight")
+EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|embeddings?)\.weight$")
 
 Names = tuple[tuple[str, str], ...]
 
@@ -84,7 +89,7 @@ class Checkpoint:
             return {}
         try:
             value = json.loads(file.read_text("utf-8"), object_hook=_number)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{file}: not valid JSON: {error}") from None
         if not isinstance(value, dict):
             raise CheckpointError(f"{file}: must be a JSON object, got {type(value).__name__}")
@@ -99,6 +104,31 @@ class Checkpoint:
         if not isinstance(value, dict):
             raise CheckpointError(f"{file}: must be a mapping, got {type(value).__name__}")
         return value
+
+    def read(self) -> dict[str, Any]:
+        """The configuration as the weights have it: that a head is tied to the embeddings counts only where the files
+        hold no other head. Generation's own configuration, where there is one, says what ends a text."""
+        settled = dict(self.config)
+        endings = self._json(GENERATION).get("eos_token_id")
+        if endings is not None:
+            several = endings if isinstance(endings, list) else [endings]
+            if not all(type(token) is int for token in several):
+                raise ConfigError(self.folder / GENERATION, "eos_token_id", endings, "must be token ids")
+            settled["eos_token_id"] = endings
+        if self._head_apart():
+            settled["tie_word_embeddings"] = False
+        return settled
+
+    @torch.no_grad()
+    def _head_apart(self) -> bool:
+        with ExitStack() as stack:
+            where = self._opened(stack)
+            heads = [key for key in HEADS if key in where]
+            embeddings = [key for key in where if EMBEDDINGS.search(key)]
+            if not heads or not embeddings:
+                return False
+            head, table = (where[key][1].get_tensor(key) for key in (heads[0], embeddings[0]))
+            return not torch.equal(head, table)
 
     def tokenizer(self) -> Tokenizer | None:
         """None where the checkpoint has none: such a model takes and gives token ids only."""
@@ -115,9 +145,13 @@ class Checkpoint:
         ("bos_token" ...); empty where the checkpoint has no template."""
         config = self._json("tokenizer_config.json")
         file = self.folder / "chat_template.jinja"
-        template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+        try:
+            template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+        except ValueError as error:
+            raise CheckpointError(f"{file}: not a text: {error}") from None
         if isinstance(template, list):  # several, by name
-            template = {t.get("name"): t.get("template") for t in template}.get("default")
+            named = [t for t in template if isinstance(t, dict)]
+            template = {t.get("name"): t.get("template") for t in named}.get("default")
         if not isinstance(template, str):
             return {}
         tokens = {name: value for name, value in config.items() if name.endswith("_token")}
@@ -125,13 +159,17 @@ class Checkpoint:
         return {"template": template, **{name: text for name, text in texts.items() if isinstance(text, str)}}
 
     def weight_files(self) -> list[Path]:
-        index = self._json("model.safetensors.index.json").get("weight_map", {})
-        files = sorted({self.folder / str(name) for name in index.values()}) or sorted(
-            self.folder.glob("*.safetensors")
-        )
+        index = self._json(INDEX).get("weight_map", {})
+        if not isinstance(index, dict):
+            raise CheckpointError(f"{self.folder / INDEX}: weight_map must be an object, tensor to file")
+        files = sorted({self.folder / str(name) for name in index.values()})
+        if not files:  # others beside the usual one are adapters, or the same weights in another format
+            usual = self.folder / "model.safetensors"
+            files = [usual] if usual.is_file() else sorted(self.folder.glob("*.safetensors"))
+            files = [file for file in files if file.is_file()]
         missing = [f.name for f in files if not f.is_file()]
         if missing:
-            raise CheckpointError(f"{self.folder}: the index names {missing[0]}, which is missing")
+            raise CheckpointError(f"{self.folder / INDEX}: {missing[0]} is missing")
         if files:
             return files
         pickled = sorted(f.name for pattern in PICKLED for f in self.folder.glob(pattern))
@@ -188,20 +226,30 @@ class Checkpoint:
             tensors = [opened.get_tensor(key) for key, opened in pieces]
             target.copy_(tensors[0] if len(tensors) == 1 else torch.cat(tensors))
 
+    def _opened(self, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
+        """Tensor -> the file that holds it, and that file, open as long as the stack is."""
+        where: dict[str, tuple[Path, Any]] = {}
+        for file in self.weight_files():
+            try:
+                opened = stack.enter_context(safe_open(str(file), framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file}: truncated or not safetensors: {error}") from None
+            for key in opened.keys():  # noqa: SIM118 (not a dict)
+                where[key] = file, opened
+        return where
+
     def _matched(self, model: nn.Module, names: Names) -> Iterator[tuple[list[tuple[str, Any]], Tensor]]:
         """The tensors of the files, each with the open file that holds it, that fill a parameter one behind
         the other; and that parameter. Shapes are compared."""
         with ExitStack() as stack:
-            where: dict[str, tuple[Path, Any]] = {}
-            for file in self.weight_files():
-                try:
-                    opened = stack.enter_context(safe_open(str(file), framework="pt"))
-                except (SafetensorError, OSError) as error:
-                    raise CheckpointError(f"{file}: truncated or not safetensors: {error}") from None
-                for key in opened.keys():  # noqa: SIM118 (not a dict)
-                    where[key] = file, opened
+            where, tied = self._opened(stack), getattr(model, "lm_head", None) is None
             for name, target in checkpoint_tensors(model, names):
                 spellings = alternatives(name)
+                # The base of a model, saved by itself, has names without their first part; and of tied weights a
+                # file may hold either.
+                spellings += [[key.partition(".")[2] for key in keys] for keys in spellings]
+                if tied and EMBEDDINGS.search(name):
+                    spellings += [[head] for head in HEADS]
                 keys = next((keys for keys in spellings if all(key in where for key in keys)), spellings[0])
                 pieces, shape = [], [0]
                 for key in keys:
@@ -209,10 +257,16 @@ class Checkpoint:
                         near = ", ".join(sorted(where)[:3])
                         raise CheckpointError(
                             f"{self.folder}: tensor {key} {list(target.shape)} is missing "
-                            f"(the files hold {near}, ...)"
+                            f"(the files hold {f'{near}, ...' if near else 'no more'})"
                         )
                     file, opened = where.pop(key)
-                    size, *rest = opened.get_slice(key).get_shape() or [1]
+                    part = opened.get_slice(key)
+                    if part.get_dtype() not in STORED:
+                        raise CheckpointError(
+                            f"{file}: tensor {key} is {part.get_dtype()}: must be {', '.join(STORED)}; "
+                            "quantised weights are not supported"
+                        )
+                    size, *rest = part.get_shape() or [1]
                     pieces.append((key, opened))
                     shape = [shape[0] + size, *rest]
                 if shape != (list(target.shape) or [1]):
@@ -221,7 +275,7 @@ class Checkpoint:
                         f"the configuration asks for {list(target.shape)}"
                     )
                 yield pieces, target
-            spare = sorted(key for key in where if not BUFFERS.search(key) and key != "lm_head.weight")
+            spare = sorted(key for key in where if not BUFFERS.search(key) and key not in HEADS)
             if spare:
                 raise CheckpointError(
                     f"{where[spare[0]][0]}: tensor {spare[0]} has no place in this model "

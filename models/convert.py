@@ -97,7 +97,7 @@ def convert(source: str | Path, target: Path, how: Recursion, dtype: torch.dtype
     """
     checkpoint = Checkpoint(source)
     original = load(source, "float32", "cpu").model
-    config = recursive_config(checkpoint.config, how, len(original.layers))
+    config = recursive_config(checkpoint.read(), how, len(original.layers))
     _, model = family(config, "config.json").build(config, "config.json")
     assert isinstance(model, LoopedDecoder)
     fill(model, original, how)

@@ -4,13 +4,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from models.checkpoint import Checkpoint
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.errors import ModelError
-from models.registry import family, names
+from models.registry import build, family, names
 
 UNTRAINED_TOKENS = 4096  # length of a sequence where no configuration says what it was trained at
 
@@ -60,6 +58,8 @@ def _configuration(checkpoint: Checkpoint, report: Report, memory: float | None)
     try:
         report.weights = checkpoint.stored()
         report.tokenizer = checkpoint.tokenizer() is not None
+        checkpoint.chat()
+        raw = checkpoint.read()
     except ModelError as error:
         report.problems.append(str(error))
     host = family(raw, file)
@@ -69,8 +69,7 @@ def _configuration(checkpoint: Checkpoint, report: Report, memory: float | None)
         report.problems += [str(problem) for problem in declared.problems(raw, file)]
         if report.problems:
             return
-    with torch.device("meta"):
-        config, model = host.build(raw, file)
+    config, model = build(raw, file)
     _sizes(report, config, model, memory)
     if not report.problems:
         checkpoint.check(model, names(raw, file))

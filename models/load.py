@@ -15,7 +15,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.errors import ConfigError
 from models.int8 import to_int8
-from models.registry import family, names
+from models.registry import build, names
 
 WEIGHTS = ("auto", "int8")
 BLOCKS_SHARE = 1 / 8  # of the memory, for a second copy of the weights
@@ -55,11 +55,10 @@ def load(
         allowed = ", ".join(WEIGHTS) if place.type == "cpu" else f"auto on {place.type}"
         raise ConfigError("options", "weights", weights, f"must be {allowed}")
     checkpoint = Checkpoint(path_or_name)
-    host = family(checkpoint.config, checkpoint.config_file)
-    with torch.device("meta"):
-        config, model = host.build(checkpoint.config, checkpoint.config_file)
+    raw, file = checkpoint.read(), checkpoint.config_file
+    config, model = build(raw, file)
     model = model.to(pick_dtype(dtype, place)).to_empty(device=place)
-    checkpoint.load_into(model, names(checkpoint.config, checkpoint.config_file))
+    checkpoint.load_into(model, names(raw, file))
     model.requires_grad_(False).eval()
     if weights == "int8":
         to_int8(model)
@@ -68,7 +67,7 @@ def load(
         name=str(path_or_name),
         model=model,
         config=config,
-        family=str(checkpoint.config["model_type"]),
+        family=str(raw["model_type"]),
         tokenizer=checkpoint.tokenizer(),
         fingerprint=checkpoint.fingerprint() + ("/int8" if weights == "int8" else ""),
         chat=checkpoint.chat(),

@@ -1,10 +1,14 @@
 """What `fathom inspect` says, of good checkpoints and of bad ones."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from typer.testing import CliRunner
 
 from models.inspection import inspect
@@ -63,7 +67,40 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def rewrite(folder: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+    file = folder / "model.safetensors"
+    save_file({name: change(name, tensor) for name, tensor in load_file(file).items()}, file)
+
+
+def index(folder: Path, weight_map: Any) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 BROKEN = {
+    "empty": (lambda f: [file.unlink() for file in f.iterdir()], "config.json is missing"),
+    "nested": (lambda f: (f / "config.json").write_text("[" * 99999), "config.json: not valid JSON"),
+    "no list": (lambda f: change(f, architectures=5, model_type=["gla"]), "model_type = ['gla']"),
+    "quantised": (
+        lambda f: change(f, quantization_config={"quant_method": "fp8"}),
+        "quantization_config = {'quant_method': 'fp8'}: quantised weights are not supported",
+    ),
+    "whole numbers": (
+        lambda f: rewrite(f, lambda name, tensor: tensor.to(torch.int8)),
+        "tensor embeddings.weight is I8: must be F32, F16, BF16, F64",
+    ),
+    "no shard": (
+        lambda f: index(f, {"norm.weight": "model-00001-of-00002.safetensors"}),
+        "model.safetensors.index.json: model-00001-of-00002.safetensors is missing",
+    ),
+    "no index": (lambda f: index(f, ["norm.weight"]), "model.safetensors.index.json: weight_map must be"),
+    "no token": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}'),
+        "generation_config.json: eos_token_id = ['</s>']: must be token ids",
+    ),
+    "no template": (
+        lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"),
+        "chat_template.jinja: not a text",
+    ),
     "truncated": (cut, "model.safetensors: truncated"),
     "no header": (cut_header, "model.safetensors: truncated or not safetensors"),
     "pickle": (pickled, "pytorch_model.bin: pickle files are never loaded"),

@@ -1,7 +1,7 @@
 """What the configurations of all families have in common."""
 
 from collections.abc import Collection
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -17,6 +17,24 @@ COMMON = frozenset(
     }
 )  # fmt: skip
 """Keys of every configuration that the transformers library writes; none changes what is computed here."""
+
+
+Layers = Annotated[int, pydantic.Field(gt=0, le=10_000)]
+Epsilon = Annotated[float, pydantic.Field(ge=0)]
+
+
+def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    """As a configuration may give them: one, several, or none, for which some write -1."""
+    several = [] if value is None else [value] if isinstance(value, int) else value
+    return tuple(token for token in several if token >= 0)
+
+
+KINDS = {bool: "true or false", str: "a text", object: "a number"}
+"""What pydantic would read for one another."""
+
+
+def _kind(value: Any) -> type:
+    return next(kind for kind in KINDS if isinstance(value, kind))
 
 
 def one_of(name: str, known: Collection[str]) -> str:
@@ -41,18 +59,27 @@ class ModelConfig(BaseModel):
     by name. Keys of the format that change nothing of what is computed here stand in `inert`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=(), allow_inf_nan=False)
 
     vocab_size: int = pydantic.Field(gt=0)
     hidden_size: int = pydantic.Field(gt=0)
-    num_hidden_layers: int = pydantic.Field(gt=0)
+    num_hidden_layers: Layers
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    max_position_embeddings: int | None = None  # longest sequence in training; binds full attention only
+    # Longest sequence in training; binds full attention only.
+    max_position_embeddings: int | None = pydantic.Field(None, gt=0)
+
+    quantization_config: Any = None
 
     aliases: ClassVar[dict[str, str]] = {}  # a format's own name for a key -> the name used here
     inert: ClassVar[frozenset[str]] = frozenset()
+
+    @pydantic.field_validator("quantization_config")
+    @classmethod
+    def _as_trained(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError("quantised weights are not supported")
 
     @model_validator(mode="before")
     @classmethod
@@ -81,12 +108,16 @@ class ModelConfig(BaseModel):
     def problems(cls, raw: dict[str, Any], file: object) -> list[ConfigError]:
         """Everything that is wrong with a parsed config.json."""
         try:
-            cls.model_validate(raw)
+            config = cls.model_validate(raw)
         except pydantic.ValidationError as error:
             return [_problem(file, dict(details)) for details in error.errors()]
-        return []
+        given = {key: getattr(config, cls.aliases.get(key, key), value) for key, value in raw.items()}
+        return [
+            ConfigError(file, key, value, f"must be {KINDS[_kind(given[key])]}")
+            for key, value in raw.items()
+            if isinstance(value, bool | int | str) and _kind(value) is not _kind(given[key])
+        ]
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        eos = self.eos_token_id
-        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        return token_ids(self.eos_token_id)

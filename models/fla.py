@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import ModelConfig, one_of
+from models.config import Epsilon, ModelConfig, one_of
 from models.decoder import Block, Decoder, Mixer
 from models.layers import GatedMLP, Linear, RMSNorm, Rotary
 from models.mixers.attention import Attention
@@ -24,6 +24,8 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 """By the names that they have in that library."""
 
+QK_NORM_EPS = 1e-5  # not in the published configurations: the layer's default
+
 Mixers = Callable[[int], Mixer]  # index of a layer -> its mixer
 
 
@@ -38,6 +40,20 @@ class AttentionSpec(pydantic.BaseModel):
     qkv_bias: bool = False
     window_size: int | None = pydantic.Field(None, gt=0)
     rope_theta: float = pydantic.Field(10000.0, gt=0)
+
+    def mixer(self, hidden: int, qk_norm: bool = False) -> Attention:
+        dim = hidden // self.num_heads
+        return Attention(
+            hidden,
+            self.num_heads,
+            self.num_kv_heads or self.num_heads,
+            dim,
+            rotary=Rotary(dim, self.rope_theta),
+            window=self.window_size,
+            qkv_bias=self.qkv_bias,
+            q_norm=RMSNorm(dim, QK_NORM_EPS) if qk_norm else None,
+            k_norm=RMSNorm(dim, QK_NORM_EPS) if qk_norm else None,
+        )
 
 
 class FLAConfig(ModelConfig):
@@ -56,10 +72,10 @@ class FLAConfig(ModelConfig):
         }
     )
 
-    hidden_ratio: float | None = 4
+    hidden_ratio: float | None = pydantic.Field(4, gt=0)
     intermediate_size: int | None = pydantic.Field(None, gt=0)
     hidden_act: str = "swish"
-    norm_eps: float = 1e-6
+    norm_eps: Epsilon = 1e-6
     attn: AttentionSpec | tuple[AttentionSpec, ...] | None = None
     attnres_block_size: None = None
     bos_token_id: int | None = 1
@@ -155,19 +171,7 @@ def hybrid(c: FLAConfig, mixer: Mixers) -> Mixers:
     by_layer = {layer: spec for spec in c.attention for layer in spec.layers}
 
     def of(layer: int) -> Mixer:
-        if layer not in by_layer:
-            return mixer(layer)
-        spec = by_layer[layer]
-        dim = c.hidden_size // spec.num_heads
-        return Attention(
-            c.hidden_size,
-            spec.num_heads,
-            spec.num_kv_heads or spec.num_heads,
-            dim,
-            rotary=Rotary(dim, spec.rope_theta),
-            window=spec.window_size,
-            qkv_bias=spec.qkv_bias,
-        )
+        return by_layer[layer].mixer(c.hidden_size) if layer in by_layer else mixer(layer)
 
     return of
 

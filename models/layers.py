@@ -12,6 +12,7 @@ from kernels.linear import Blocked, linear
 from kernels.norm import few, rms_norm_step
 from kernels.pool import Floats
 from kernels.rotary import rotate_
+from models.config import one_of
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -32,6 +33,12 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 """By the names that they have in the transformers library."""
+
+
+def activation(name: str) -> str:
+    """For validators: the name of one of these."""
+    return one_of(name, ACTIVATIONS)
+
 
 M = TypeVar("M", bound=nn.Module)
 

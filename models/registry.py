@@ -49,6 +49,7 @@ FAMILIES: Mapping[str, str] = {
     "sorted": "models.depth.sorted",
     "srwm": "models.mixers.srwm",
     "tcnca": "models.mixers.tcnca",
+    "transformer": "models.mixers.transformer",
     "xlstm": "models.mixers.xlstm",
 }
 

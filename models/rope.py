@@ -31,8 +31,10 @@ def with_rope(partial: float = 1.0, theta: float = 10000.0) -> Callable[[Any], A
     def gather(raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        given = dict(raw.get("rope_parameters") or {})
-        scaling = raw.get("rope_scaling") or {}
+        given, scaling = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+        if not isinstance(given, dict) or not isinstance(scaling, dict):
+            return raw
+        given = dict(given)
         given.setdefault("rope_type", scaling.get("rope_type", scaling.get("type", "default")))
         for name, default in (("rope_theta", theta), ("partial_rotary_factor", partial)):
             if given.get(name) is None:

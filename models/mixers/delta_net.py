@@ -54,7 +54,8 @@ class DeltaNet(Mixer):
         self.beta, self.gated = c.use_beta, c.use_gate
         # SiLU belongs to the convolution where all of its channels take it.
         self.conv_silu = c.use_short_conv and c.qk_activation == "silu"
-        self.conv = ShortConv(convolved, c.conv_size, silu=self.conv_silu) if c.use_short_conv else None
+        activation = "silu" if self.conv_silu else None
+        self.conv = ShortConv(convolved, c.conv_size, activation=activation) if c.use_short_conv else None
         self.o_norm = RMSNorm(V, c.norm_eps)
         self.o_proj = Linear(H * V, c.hidden_size, bias=False)
 

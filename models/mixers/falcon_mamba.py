@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from models.config import Epsilon
 from models.decoder import Decoder
 from models.mixers import mamba
 from models.mixers.mamba import NAMES
@@ -10,7 +11,7 @@ __all__ = ["NAMES", "Config", "build"]
 
 
 class Config(mamba.Config):
-    mixer_rms_eps: float = 1e-6
+    mixer_rms_eps: Epsilon = 1e-6
 
 
 def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:

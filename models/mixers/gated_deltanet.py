@@ -130,8 +130,10 @@ class GatedDeltaNet(GatedDeltaRule):
         neg_eigval: bool = False,
         gate: Literal["swish", "silu", "sigmoid"] | None = "swish",
         fused_conv: bool = False,
+        activation: str = "silu",
     ):
-        """With `fused_conv` the convolutions over q, k and v are one, wherever a checkpoint cuts it."""
+        """With `fused_conv` the convolutions over q, k and v are one, wherever a checkpoint cuts it; the
+        `activation` is theirs."""
         super().__init__(heads, value_heads, K, V, norm_eps, neg_eigval)
         parts = dict(zip(("q_proj", "k_proj", "v_proj"), self.qkv, strict=True))
         parts |= {"a_proj": value_heads, "b_proj": value_heads}
@@ -144,7 +146,7 @@ class GatedDeltaNet(GatedDeltaRule):
             convolved = (
                 {"+".join(names): sum(self.qkv)} if fused_conv else dict(zip(names, self.qkv, strict=True))
             )
-            self.conv = ShortConv(convolved, conv_size)
+            self.conv = ShortConv(convolved, conv_size, activation=activation)
         self.o_proj = Linear(value_heads * V, hidden, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

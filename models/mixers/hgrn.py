@@ -40,7 +40,7 @@ class HGRN(Mixer):
         self.inner, self.layer, self.bounds = c.inner, layer, bounds
         self.in_proj = Packed(c.hidden_size, {"i_proj": c.inner, "f_proj": c.inner, "g_proj": c.inner})
         convolved = {"i_conv1d": c.inner, "f_conv1d": c.inner}
-        self.conv = ShortConv(convolved, c.conv_size, silu=False) if c.use_short_conv else None
+        self.conv = ShortConv(convolved, c.conv_size, activation=None) if c.use_short_conv else None
         self.g_norm = RMSNorm(c.inner, c.norm_eps, c.elementwise_affine)
         self.o_proj = Linear(c.inner, c.hidden_size, bias=False)
 

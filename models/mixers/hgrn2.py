@@ -56,7 +56,7 @@ class HGRN2(Mixer):
         self.layer, self.bounds = layer, bounds
         self.in_proj = Packed(D, {"q_proj": D, "f_proj": D, "i_proj": D})
         convolved = {"q_conv1d": D, "f_conv1d": D, "i_conv1d": D}
-        self.conv = ShortConv(convolved, c.conv_size, silu=False) if c.use_short_conv else None
+        self.conv = ShortConv(convolved, c.conv_size, activation=None) if c.use_short_conv else None
         self.g_norm = RMSNorm(D, NORM_EPS, c.elementwise_affine)
         self.o_proj = Linear(D, D, bias=False)
 

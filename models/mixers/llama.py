@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import pydantic
 from torch import nn
 
-from models.config import ModelConfig
+from models.config import Epsilon, ModelConfig
 from models.decoder import Block, Decoder
 from models.depth.nested import NestedBlock, NestedDecoder
 from models.layers import GatedMLP, Linear, RMSNorm, Rotary
@@ -20,7 +20,7 @@ class Config(ModelConfig):
     head_dim: int | None = pydantic.Field(None, gt=0)
     intermediate_size: int = pydantic.Field(gt=0)
     hidden_act: Literal["silu", "gelu", "relu", "gelu_pytorch_tanh"] = "silu"
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: Epsilon = 1e-6
     rope_parameters: RopeParameters = RopeParameters()
     attention_bias: bool = False
     mlp_bias: bool = False

@@ -1,6 +1,6 @@
 """Mamba (arXiv 2312.00752), in the checkpoint formats of transformers and of flash-linear-attention."""
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import torch
@@ -16,15 +16,18 @@ from kernels.diagonal.selective import (
 )
 from kernels.pool import as_float32
 from models.batch import Batch
-from models.config import ModelConfig
+from models.config import Epsilon, ModelConfig
 from models.decoder import Block, Decoder, Mixer
-from models.layers import Linear, RMSNorm
+from models.layers import Linear, RMSNorm, activation
 from models.mixers.shortconv import ShortConv
 from models.state import LayerLeaves, LayerState, Leaf, pool_of
 
 __all__ = ["NAMES", "Config", "Mamba", "build", "decoder"]
 
 FLA_DEFAULTS = {"residual_in_fp32": False, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
+
+
+Rank = Annotated[int, pydantic.Field(gt=0)] | Literal["auto"]
 
 
 class Config(ModelConfig):
@@ -42,15 +45,17 @@ class Config(ModelConfig):
     expand: float = pydantic.Field(2, gt=0)
     intermediate_size: int | None = pydantic.Field(None, gt=0)  # goes before `expand`
     conv_kernel: int = pydantic.Field(4, ge=1, le=16)
-    time_step_rank: int | Literal["auto"] = "auto"
-    layer_norm_epsilon: float = 1e-5
+    time_step_rank: Rank = "auto"
+    layer_norm_epsilon: Epsilon = 1e-5
     use_bias: bool = False
     use_conv_bias: bool = True
-    hidden_act: Literal["silu", "swish"] = "silu"
+    hidden_act: str = "silu"  # of the convolution; the gate is SiLU always
     residual_in_fp32: bool = True
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
+
+    _activation = pydantic.field_validator("hidden_act")(activation)
 
     @property
     def inner(self) -> int:
@@ -59,6 +64,10 @@ class Config(ModelConfig):
     @property
     def rank(self) -> int:
         return -(-self.hidden_size // 16) if self.time_step_rank == "auto" else self.time_step_rank
+
+
+class FLAConfig(Config):
+    hidden_act: Literal["silu", "swish"] = "silu"  # some of its kernels gate with it, others with SiLU
 
 
 class Mamba(Mixer):
@@ -71,7 +80,7 @@ class Mamba(Mixer):
         inner, R, N = c.inner, c.rank, c.state_size
         self.inner, self.N, self.sizes, self.rms_eps = inner, N, (R, N, N), rms_eps
         self.in_proj = Linear(c.hidden_size, 2 * inner, bias=c.use_bias)
-        self.conv = ShortConv({"conv1d": inner}, c.conv_kernel, bias=c.use_conv_bias)
+        self.conv = ShortConv({"conv1d": inner}, c.conv_kernel, c.use_conv_bias, c.hidden_act)
         self.x_proj = Linear(inner, R + 2 * N, bias=False)
         self.dt_proj = Linear(R, inner)
         self.A_log = nn.Parameter(torch.empty(inner, N))
@@ -83,7 +92,7 @@ class Mamba(Mixer):
     def prepare(self) -> None:
         self._A = -self.A_log.float().exp().t().contiguous()
         relaxed = bool(self.in_proj._forward_hooks)  # a LoRA by depth adds to what the projections give
-        if self._A.is_cpu and self.D.dtype is torch.float32 and not relaxed:
+        if self._A.is_cpu and self.D.dtype is torch.float32 and self.conv.silu and not relaxed:
             taps, bias = self.conv.arrays()
             A, skip = self._A.numpy(), as_float32(self.D.detach())
             blocked = [p.blocked for p in (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)]
@@ -136,7 +145,7 @@ def decoder(c: Config, rms_eps: float | None = None) -> Decoder:
 
 
 def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:
-    c = Config.read(raw if "layer_norm_epsilon" in raw else {**FLA_DEFAULTS, **raw}, file)
+    c = FLAConfig.read({**FLA_DEFAULTS, **raw}, file) if "norm_eps" in raw else Config.read(raw, file)
     return c, decoder(c)
 
 

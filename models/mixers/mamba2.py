@@ -1,6 +1,6 @@
 """Mamba-2 (arXiv 2405.21060), in the checkpoint formats of transformers and of flash-linear-attention."""
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import torch
@@ -10,13 +10,18 @@ from torch import Tensor, nn
 from kernels.invariance import by_row
 from kernels.outer import outer
 from models.batch import Batch
-from models.config import ModelConfig
+from models.config import Epsilon, ModelConfig
 from models.decoder import Block, Decoder, Mixer
-from models.layers import GroupRMSNorm, Linear, RMSNorm
+from models.layers import GroupRMSNorm, Linear, RMSNorm, activation
 from models.mixers.shortconv import ShortConv
 from models.state import LayerLeaves, LayerState, Leaf, pool_of
 
 __all__ = ["NAMES", "Config", "Mamba2", "build"]
+
+FLA_DEFAULTS = {"n_groups": 1, "bos_token_id": 1}
+
+
+Limit = Annotated[float, pydantic.Field(allow_inf_nan=True)]
 
 
 class Config(ModelConfig):
@@ -35,18 +40,20 @@ class Config(ModelConfig):
     n_groups: int = pydantic.Field(8, gt=0)
     expand: float = pydantic.Field(2, gt=0)
     conv_kernel: int = pydantic.Field(4, ge=1, le=16)
-    layer_norm_epsilon: float = 1e-5
+    layer_norm_epsilon: Epsilon = 1e-5
     use_bias: bool = False
     use_conv_bias: bool = True
-    hidden_act: Literal["silu", "swish"] = "silu"
+    hidden_act: str = "silu"  # of the convolution; the gate is SiLU always
     residual_in_fp32: bool = True
-    time_step_limit: tuple[float, float] = (0.0, float("inf"))
+    time_step_limit: tuple[float, Limit] = (0.0, float("inf"))
     eos_token_id: int | list[int] | None = 2
     bos_token_id: int | None = 0
     # In flash-linear-attention's format only.
     rmsnorm: bool = True
     norm_before_gate: bool = False
     D_has_hdim: bool = False
+
+    _activation = pydantic.field_validator("hidden_act")(activation)
 
     @pydantic.model_validator(mode="after")
     def _divisible(self) -> "Config":
@@ -65,6 +72,10 @@ class Config(ModelConfig):
         return self.num_heads or round(self.expand * self.hidden_size) // self.head_dim
 
 
+class FLAConfig(Config):
+    hidden_act: Literal["silu", "swish"] = "silu"  # some of its kernels gate with it, others with SiLU
+
+
 class Mamba2(Mixer):
     """h = exp(dt A) h + dt x B^T, y = h C + D x, per head; B and C are shared by groups of heads.
 
@@ -77,7 +88,7 @@ class Mamba2(Mixer):
         inner, shared = self.heads * self.P, 2 * self.groups * self.N
         self.sizes = inner, inner + shared, self.heads
         self.in_proj = Linear(c.hidden_size, sum(self.sizes), bias=c.use_bias)
-        self.conv = ShortConv({"conv1d": inner + shared}, c.conv_kernel, bias=c.use_conv_bias)
+        self.conv = ShortConv({"conv1d": inner + shared}, c.conv_kernel, c.use_conv_bias, c.hidden_act)
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.D = nn.Parameter(torch.empty(inner if c.D_has_hdim else self.heads))
@@ -117,7 +128,7 @@ class Mamba2(Mixer):
 
 
 def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:
-    c = Config.read(raw if "layer_norm_epsilon" in raw else {"n_groups": 1, "bos_token_id": 1, **raw}, file)
+    c = FLAConfig.read({**FLA_DEFAULTS, **raw}, file) if "norm_eps" in raw else Config.read(raw, file)
     D, eps = c.hidden_size, c.layer_norm_epsilon
     blocks = [Block(RMSNorm(D, eps), Mamba2(c)) for _ in range(c.num_hidden_layers)]
     head = None if c.tie_word_embeddings else Linear(D, c.vocab_size, bias=False)

@@ -6,9 +6,9 @@ import pydantic
 from torch import Tensor, nn
 
 from models.batch import Batch
-from models.config import ModelConfig
+from models.config import Epsilon, ModelConfig
 from models.decoder import Block, Decoder, Mixer
-from models.layers import GatedMLP, Linear, RMSNorm, Rotary, saved_as
+from models.layers import GatedMLP, Linear, RMSNorm, Rotary, activation, saved_as
 from models.mixers.attention import Attention
 from models.mixers.gated_deltanet import GatedDeltaNet
 from models.rope import RopeParameters
@@ -33,8 +33,8 @@ class Config(ModelConfig):
     num_attention_heads: int = pydantic.Field(30, gt=0)
     num_key_value_heads: int | None = pydantic.Field(None, gt=0)
     head_dim: int | None = pydantic.Field(None, gt=0)
-    hidden_act: Literal["silu", "swish"] = "silu"
-    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"  # of the MLPs and the convolutions
+    rms_norm_eps: Epsilon = 1e-6
     rope_parameters: RopeParameters | None = None  # None: no positions but what the linear layers give
     attention_bias: bool = False
     layer_types: tuple[Kind, ...] | None = None
@@ -45,6 +45,8 @@ class Config(ModelConfig):
     linear_conv_kernel_dim: int = pydantic.Field(4, ge=1, le=16)
     linear_allow_neg_eigval: bool = True
     eos_token_id: int | list[int] | None = 100257
+
+    _activation = pydantic.field_validator("hidden_act")(activation)
 
     @pydantic.field_validator("rope_parameters", mode="before")
     @classmethod
@@ -123,6 +125,7 @@ def _linear_block(c: Config) -> Block:
         conv_size=c.linear_conv_kernel_dim,
         neg_eigval=c.linear_allow_neg_eigval,
         fused_conv=True,
+        activation=c.hidden_act,
     )
     return Block(
         saved_as("attention_layer_norm|input_layernorm", RMSNorm(D, eps)),

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.batch import Batch
-from models.config import ModelConfig
+from models.config import Epsilon, ModelConfig
 from models.decoder import Block, Decoder, Mixer
-from models.layers import GatedMLP, Linear, OffsetRMSNorm, Packed, Rotary, saved_as
+from models.layers import GatedMLP, Linear, OffsetRMSNorm, Packed, Rotary, activation, saved_as
 from models.mixers.attention import Attention
 from models.mixers.gated_deltanet import GatedDeltaRule
 from models.mixers.shortconv import ShortConv
@@ -35,8 +35,8 @@ class Config(ModelConfig):
     num_attention_heads: int = pydantic.Field(16, gt=0)
     num_key_value_heads: int = pydantic.Field(2, gt=0)
     head_dim: int = pydantic.Field(256, gt=0)
-    hidden_act: Literal["silu", "swish"] = "silu"
-    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"  # of the MLPs and the convolutions
+    rms_norm_eps: Epsilon = 1e-6
     rope_parameters: RopeParameters = RopeParameters(partial_rotary_factor=0.25)
     attention_bias: bool = False
     linear_conv_kernel_dim: int = pydantic.Field(4, ge=1, le=16)
@@ -44,7 +44,7 @@ class Config(ModelConfig):
     linear_value_head_dim: int = pydantic.Field(128, gt=0)
     linear_num_key_heads: int = pydantic.Field(16, gt=0)
     linear_num_value_heads: int = pydantic.Field(32, gt=0)
-    num_experts: int = pydantic.Field(512, ge=0, validate_default=True)
+    num_experts: int = pydantic.Field(512, ge=0)
     decoder_sparse_step: int = pydantic.Field(1, gt=0)
     mlp_only_layers: tuple[int, ...] = ()
     layer_types: tuple[Kind, ...] | None = None
@@ -57,12 +57,18 @@ class Config(ModelConfig):
     def _none_is_empty(cls, value: Any) -> Any:
         return () if value is None else value
 
-    @pydantic.field_validator("num_experts")
-    @classmethod
-    def _no_experts(cls, experts: int) -> int:
-        if experts:
-            raise ValueError("must be 0: mixtures of experts are not supported")
-        return experts
+    _activation = pydantic.field_validator("hidden_act")(activation)
+
+    @pydantic.model_validator(mode="after")
+    def _no_experts(self) -> "Config":
+        step, dense = self.decoder_sparse_step, self.mlp_only_layers
+        sparse = [i for i in range(self.num_hidden_layers) if (i + 1) % step == 0 and i not in dense]
+        if self.num_experts and sparse:
+            raise ValueError(
+                f"num_experts = {self.num_experts}: must be 0, or every layer in mlp_only_layers or left out by "
+                f"decoder_sparse_step: layer {sparse[0]} is a mixture of experts, which is not supported"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -101,7 +107,7 @@ class GatedDeltaNet(GatedDeltaRule):
         self.in_proj = Packed(
             c.hidden_size, {"in_proj_qkvz": heads * sum(self.by_head), "in_proj_ba": 2 * value_heads}
         )
-        self.conv = ShortConv({"conv1d": sum(self.qkv)}, c.linear_conv_kernel_dim)
+        self.conv = ShortConv({"conv1d": sum(self.qkv)}, c.linear_conv_kernel_dim, activation=c.hidden_act)
         self.out_proj = Linear(value_heads * V, c.hidden_size, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -11,9 +11,19 @@ from torch import Tensor, nn
 from kernels.diagonal.linear import gated
 from kernels.invariance import invariant_baddbmm
 from models.batch import Batch
-from models.config import ModelConfig, one_of
+from models.config import Epsilon, ModelConfig
 from models.decoder import Block, Decoder, Mixer
-from models.layers import ACTIVATIONS, GatedMLP, Linear, OffsetRMSNorm, Packed, Parted, Rotary, saved_as
+from models.layers import (
+    ACTIVATIONS,
+    GatedMLP,
+    Linear,
+    OffsetRMSNorm,
+    Packed,
+    Parted,
+    Rotary,
+    activation,
+    saved_as,
+)
 from models.mixers.attention import Attention
 from models.mixers.shortconv import ShortConv
 from models.rope import RopeParameters, with_rope
@@ -38,7 +48,7 @@ class Config(ModelConfig):
     attention_window_size: int = pydantic.Field(2048, gt=0)
     conv1d_width: int = pydantic.Field(4, ge=1, le=16)
     logits_soft_cap: float = pydantic.Field(30.0, gt=0)
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: Epsilon = 1e-6
     hidden_activation: str = "gelu_pytorch_tanh"
     rope_parameters: RopeParameters = RopeParameters(partial_rotary_factor=0.5)
     block_types: tuple[Literal["recurrent", "attention"], ...] = ("recurrent", "recurrent", "attention")
@@ -49,10 +59,7 @@ class Config(ModelConfig):
 
     _rope = pydantic.model_validator(mode="before")(with_rope(partial=0.5))
 
-    @pydantic.field_validator("hidden_activation")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        return one_of(name, ACTIVATIONS)
+    _activation = pydantic.field_validator("hidden_activation")(activation)
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -115,7 +122,7 @@ class RGLRU(Mixer):
         super().__init__()
         self.width = c.width
         self.in_proj = Packed(c.hidden_size, {"linear_y": c.width, "linear_x": c.width}, bias=True)
-        self.conv = ShortConv({"conv_1d": c.width}, c.conv1d_width, bias=True, silu=False)
+        self.conv = ShortConv({"conv_1d": c.width}, c.conv1d_width, bias=True, activation=None)
         self.gates = Gates(c.num_attention_heads, c.width // c.num_attention_heads)
         self.rg_lru = nn.ParameterDict({"recurrent_param": nn.Parameter(torch.empty(c.width))})
         self.linear_out = Linear(c.width, c.hidden_size)

@@ -23,7 +23,7 @@ class Config(HeadsConfig):
 
     num_heads: int = pydantic.Field(8, gt=0)
     expand_v: float = pydantic.Field(2.0, gt=0)
-    hidden_ratio: float | None = 2
+    hidden_ratio: float | None = pydantic.Field(2, gt=0)
     feature_map: str | None = None
     use_output_gate: bool = True
     elementwise_affine: bool = True

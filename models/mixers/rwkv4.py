@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kernels.diagonal.logsumexp import wkv
 from models.batch import Batch
-from models.config import ModelConfig
+from models.config import Epsilon, ModelConfig
 from models.decoder import Block, Decoder, Mixer
 from models.layers import Linear, saved_as
 from models.mixers.tokenshift import Shares, TokenShift
@@ -25,8 +25,8 @@ class Config(ModelConfig):
 
     attention_hidden_size: int | None = pydantic.Field(None, gt=0)
     intermediate_size: int | None = pydantic.Field(None, gt=0)
-    layer_norm_epsilon: float = 1e-5
-    rescale_every: int = pydantic.Field(6, ge=0)
+    layer_norm_epsilon: Epsilon = 1e-5
+    rescale_every: int = 6  # 0 and less: never
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
 
@@ -96,7 +96,7 @@ def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:
     def norm(layer: int, eps: float) -> nn.Module:
         # The published code halves the residual after every `rescale_every` layers, and what is added to it,
         # so that float16 holds it. The norms undo that, but for their epsilon.
-        halvings = layer // c.rescale_every if c.rescale_every else 0
+        halvings = layer // c.rescale_every if c.rescale_every > 0 else 0
         return nn.LayerNorm(D, eps * 4.0**halvings)
 
     eps, blocks = c.layer_norm_epsilon, []

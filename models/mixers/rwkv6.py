@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kernels.invariance import invariant_baddbmm
 from kernels.outer import outer
 from models.batch import Batch
+from models.config import Epsilon
 from models.decoder import Block, Decoder, Mixer
 from models.fla import ACTIVATIONS, HeadsConfig, activation, hybrid
 from models.layers import GroupNorm, Linear, saved_as
@@ -22,9 +23,9 @@ __all__ = ["NAMES", "RWKV6", "Config", "build"]
 class Config(HeadsConfig):
     num_kv_heads: None = None
     expand_k: float = pydantic.Field(0.5, gt=0)
-    hidden_ratio: float | None = 3.5
+    hidden_ratio: float | None = pydantic.Field(3.5, gt=0)
     hidden_act: str = "sqrelu"
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     proj_low_rank_dim: int = pydantic.Field(32, gt=0)
     gate_low_rank_dim: int = pydantic.Field(64, gt=0)
     norm_first: bool = True

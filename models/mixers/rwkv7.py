@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kernels.delta import dplr
 from models.batch import Batch
+from models.config import Epsilon
 from models.decoder import Block, Decoder, Mixer
 from models.fla import ACTIVATIONS, FLAConfig, activation, divided
 from models.layers import GroupNorm, Linear, Packed, l2norm, saved_as
@@ -32,7 +33,7 @@ class Config(FLAConfig):
     hidden_act: str = "sqrelu"
     norm_first: bool = True
     norm_bias: bool = True
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     fuse_norm: bool = True
     attn: None = None  # its blocks cannot hold any
 
@@ -50,8 +51,8 @@ class Config(FLAConfig):
             raise ValueError("head_dim or num_heads must be given")
         else:
             divided(self, "num_heads", self.num_heads)
-        widths = self.value_dim if isinstance(self.value_dim, list) else []
-        if len(set(widths)) > 1:
+        widths = self.value_dim if isinstance(self.value_dim, list) else [self.values]
+        if len(set(widths)) != 1:
             raise ValueError(f"value_dim = {widths}: layers of different width share no first value")
         if self.values % self.heads:
             raise ValueError(f"value_dim = {self.values} must be a multiple of {self.heads} heads")

@@ -1,10 +1,11 @@
 """Samba (arXiv 2406.07522): Mamba and sliding-window attention in turns, each followed by a gated MLP, in
 flash-linear-attention's checkpoint format."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import pydantic
 
+from models.config import Epsilon
 from models.decoder import Decoder
 from models.fla import FLAConfig, decoder
 from models.mixers import mamba
@@ -25,9 +26,9 @@ class Config(FLAConfig):
     state_size: int = pydantic.Field(16, gt=0)
     expand: float = pydantic.Field(2, gt=0)
     conv_kernel: int = pydantic.Field(4, ge=1, le=16)
-    time_step_rank: int | Literal["auto"] = "auto"
+    time_step_rank: mamba.Rank = "auto"
     use_bias: bool = False
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
 
     @pydantic.model_validator(mode="before")
     @classmethod

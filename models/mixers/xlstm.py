@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kernels.outer.mlstm import mlstm
 from models.batch import Batch
-from models.config import ModelConfig
+from models.config import Epsilon, Layers, ModelConfig
 from models.decoder import Block, Decoder, Mixer
 from models.layers import GatedMLP, GroupNorm, Linear, Packed, RMSNorm, softcap
 from models.state import LayerLeaves, LayerState, Leaf, pool_of
@@ -19,6 +19,7 @@ __all__ = ["MLSTM", "NAMES", "Config", "build"]
 class Config(ModelConfig):
     inert: ClassVar[frozenset[str]] = frozenset(
         {
+            "add_out_norm",  # the norm is there whatever it says
             "autocast_kernel_dtype", "chunk_size", "chunkwise_kernel", "inference_state_dtype",
             "max_inference_chunksize", "mode", "norm_reduction_force_float32", "return_last_states",
             "sequence_kernel", "step_kernel",
@@ -26,21 +27,19 @@ class Config(ModelConfig):
     )  # fmt: skip
 
     hidden_size: int = pydantic.Field(4096, gt=0)
-    num_hidden_layers: int = pydantic.Field(32, gt=0)
+    num_hidden_layers: Layers = 32
     embedding_dim: int | None = None
-    num_blocks: int | None = pydantic.Field(None, gt=0)
+    num_blocks: Layers | None = None
     num_heads: int = pydantic.Field(8, gt=0)
     use_bias: bool = False
-    tie_word_embeddings: Literal[False] = False
-    add_out_norm: Literal[True] = True
-    norm_eps: float = 1e-6
+    norm_eps: Epsilon = 1e-6
     qk_dim_factor: float = pydantic.Field(0.5, gt=0)
     v_dim_factor: float = pydantic.Field(1.0, gt=0)
-    eps: float = 1e-6
+    eps: Epsilon = 1e-6
     ffn_proj_factor: float = pydantic.Field(2.667, gt=0)
     ffn_round_up_to_multiple_of: int = pydantic.Field(64, gt=0)
-    gate_soft_cap: float | None = 15.0
-    output_logit_soft_cap: float | None = 30.0
+    gate_soft_cap: float | None = pydantic.Field(15.0, gt=0)
+    output_logit_soft_cap: float | None = pydantic.Field(30.0, gt=0)
     weight_mode: Literal["single", "fused"] = "single"
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 2
@@ -128,7 +127,7 @@ def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:
         )
         for _ in range(c.num_blocks or c.num_hidden_layers)
     ]
-    head = Linear(D, c.vocab_size, bias=False)
+    head = None if c.tie_word_embeddings else Linear(D, c.vocab_size, bias=False)
     embeddings, norm = nn.Embedding(c.vocab_size, D), RMSNorm(D, c.norm_eps)
     return c, Decoder(embeddings, blocks, norm, head, logit_softcap=c.output_logit_soft_cap)
 

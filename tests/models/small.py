@@ -24,6 +24,7 @@ SMALL: dict[str, Raw] = {
         "rwkv7": {"head_dim": 6, "decay_low_rank_dim": 3, "gate_low_rank_dim": 3, "a_low_rank_dim": 2,
                   "v_low_rank_dim": 2, **_MLP},
         "samba": {"state_size": 3, "attn": {"layers": [1], "num_heads": 3, "window_size": 4}, **_MLP},
+        "transformer": {"num_heads": 3, "num_kv_heads": 1, **_MLP},
         # transformers
         "falcon_mamba": {"state_size": 3, "layer_norm_epsilon": 1e-5},
         "mamba": {"state_size": 3, "layer_norm_epsilon": 1e-5},

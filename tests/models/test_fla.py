@@ -85,6 +85,9 @@ CASES: dict[str, dict[str, Any]] = {
                        "norm_before_gate": True, "use_bias": True, "use_conv_bias": False, "conv_kernel": 3,
                        "dt_limit": (0.4, 0.9), "tie_word_embeddings": True, "chunk_size": 16},
     "mamba2-no-norm": {"head_dim": 10, "state_size": 7, "rmsnorm": False, "residual_in_fp32": False},
+    "transformer": {"num_heads": 5, "num_kv_heads": 1, "qkv_bias": True, "window_size": 20},
+    "transformer-normed": {"num_heads": 3, "qk_norm": True, "rope_theta": 99.0, "elementwise_affine": False,
+                           "norm_eps": 1e-3, "tie_word_embeddings": True},
     "rwkv6": {"num_heads": 5, "proj_low_rank_dim": 3, "gate_low_rank_dim": 7},
     "rwkv6-tied": {"num_heads": 3, "expand_k": 1.0, "expand_v": 0.7, "norm_first": False, "norm_bias": False,
                    "hidden_act": "relu", "fuse_norm": False, "tie_word_embeddings": True, "norm_eps": 1e-3},
@@ -119,6 +122,7 @@ CONFIGS = {
     "rwkv6": "RWKV6Config",
     "rwkv7": "RWKV7Config",
     "samba": "SambaConfig",
+    "transformer": "TransformerConfig",
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from models.checkpoint import alternatives
 from models.errors import ConfigError
-from models.registry import FAMILIES, family
+from models.registry import FAMILIES, build, family
 
 FRAME: dict[str, Any] = {"vocab_size": 31, "hidden_size": 12, "num_hidden_layers": 2}
 
@@ -34,15 +34,19 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gated_deltanet", {"num_v_heads": 7}, "num_v_heads = 7 must be a multiple of num_heads = 6"),
     ("rwkv7", {"attn": {"layers": [1], "num_heads": 2}, "head_dim": 4}, "attn = "),
     ("rwkv7", {"head_dim": 4, "value_dim": [12, 24]}, "value_dim = [12, 24]"),
-    ("mamba", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ("mamba", {"hidden_act": "snake"}, "hidden_act = 'snake': must be one of gelu, "),
+    ("mamba", {"hidden_act": "gelu", "norm_eps": 1e-5}, "hidden_act = 'gelu'"),  # flash-linear-attention's
+    ("mamba", {"time_step_rank": 0}, "time_step_rank"),
     ("mamba2", {"num_heads": 5, "head_dim": 4}, "must be num_heads * head_dim = 5 * 4"),
-    ("xlstm", {"tie_word_embeddings": True}, "tie_word_embeddings = True"),
-    ("xlstm", {"add_out_norm": False}, "add_out_norm = False"),
     ("xlstm", {"embedding_dim": 8}, "embedding_dim = 8 must be hidden_size = 12"),
     ("recurrent_gemma", {"block_types": ["recurrent", "conv"]}, "block_types.1 = 'conv'"),
     ("recurrent_gemma", {"num_attention_heads": 6, "rope_scaling": {"type": "yarn"}}, "rope_type = 'yarn'"),
-    ("qwen3_next", {"num_experts": 8}, "num_experts = 8: must be 0: mixtures of experts are not supported"),
-    ("qwen3_next", {}, "num_experts = 512"),
+    (
+        "qwen3_next",
+        {"num_experts": 8, "mlp_only_layers": [0]},
+        "num_experts = 8: must be 0, or every layer in ",
+    ),
+    ("qwen3_next", {}, "layer 0 is a mixture of experts, which is not supported"),
     ("qwen3_next", {"num_experts": 0, "layer_types": ["linear_attention"]}, "layer_types has 1 entries"),
     ("olmo_hybrid", {"num_attention_heads": 4, "layer_types": ["sliding"]}, "layer_types.0 = 'sliding'"),
     ("flashrnn", {}, "function = None: a flashrnn has one"),
@@ -51,6 +55,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("s4d", {"state_size": 5}, "state_size = 5: must be even"),
     ("aaren", {"num_heads": 5}, "hidden_size = 12 must be a multiple of num_heads = 5"),
     ("plstm", {"transitions": "tanh"}, "transitions = 'tanh': is no key of this format"),
+    ("gla", {"vocab_size": "31", "num_heads": 2}, "vocab_size = '31': must be a number"),
+    ("gla", {"num_heads": 2, "num_hidden_layers": True}, "num_hidden_layers = True: must be a number"),
+    ("gla", {"num_heads": 2, "use_output_gate": 0}, "use_output_gate = 0: must be true or false"),
+    ("gla", {"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000: "),
+    ("gla", {"norm_eps": -1}, "norm_eps = -1: "),
+    ("gla", {"norm_eps": float("nan")}, "norm_eps = nan: "),
+    ("gla", {"expand_k": float("inf")}, "expand_k = inf: "),
+    ("gla", {"num_heads": 2, "vocab_size": 10**30}, "describes no model that can be built"),
+    ("rwkv7", {"head_dim": 4, "value_dim": []}, "value_dim = []"),
+    ("recurrent_gemma", {"num_attention_heads": 3, "rope_parameters": 7}, "rope_parameters = 7"),
+    ("mamba", {"layer_norm_epsilon": -1e-5}, "layer_norm_epsilon = -1e-05"),
     ("bert", {}, "model_type = 'bert': must be one of "),
 ]
 
@@ -63,7 +78,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 def test_refused(model_type: str, keys: dict[str, Any], message: str) -> None:
     raw = {"model_type": model_type, **FRAME, **keys}
     with pytest.raises(ConfigError) as caught:
-        family(raw, "here/config.json").build(raw, "here/config.json")
+        build(raw, "here/config.json")
     assert str(caught.value).startswith("here/config.json: ")
     assert message in str(caught.value)
 

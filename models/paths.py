@@ -30,6 +30,16 @@ class Path:
         return max(node.units for node in self.nodes)
 
     @property
+    def exits(self) -> list[int]:
+        """The depths at which a token may be done, rising; the full depth is the last."""
+        return sorted({node.units for node in self.nodes if node.exit_to != NOWHERE} | {self.full_depth})
+
+    def deepest(self, high: float, low: int = 0) -> int:
+        """The deepest exit up to `high`, or the first from `low` on where none of these is."""
+        exits = [depth for depth in self.exits if depth >= low]
+        return max((depth for depth in exits if depth <= high), default=exits[0])
+
+    @property
     def slots(self) -> int:
         """Slots that a sequence on this path needs."""
         return 1 + max(node.occurrence for node in self.nodes)

@@ -74,7 +74,7 @@ class DepthPolicy:
     width: float | None = None  # share of heads and hidden units, where a model is nested by width
 
     def __post_init__(self) -> None:
-        if self.width is not None and not 0 < self.width <= 1:
+        if self.width is not None and not (isinstance(self.width, (int, float)) and 0 < self.width <= 1):
             raise InvalidArgumentError("depth.width", self.width, "must be a number above 0, at most 1")
         if self.kind is not None and self.kind not in KINDS:
             raise InvalidArgumentError("depth", self.kind, f"must be one of {', '.join(KINDS)}")
@@ -95,6 +95,11 @@ class DepthPolicy:
             raise InvalidArgumentError(
                 "depth.min_depth", self.min_depth, f"is above max_depth = {self.max_depth}"
             )
+        least, most = self.min_depth or 0, MAX_DEPTH if self.max_depth is None else self.max_depth
+        if self.depth is not None and not least <= self.depth <= most:
+            raise InvalidArgumentError(
+                "depth.fixed", self.depth, f"must be from min_depth = {least} to max_depth = {most}"
+            )
         known = {"confidence": CONFIDENCE, "converged": CONVERGENCE}.get(self.kind or "")
         if known is not None and self.measure not in known:
             raise InvalidArgumentError(
@@ -106,6 +111,9 @@ class DepthPolicy:
             raise InvalidArgumentError(f"depth.{self.kind}.threshold", self.threshold, limit)
         if self.kind == "chain" and not 1 <= len(self.layers) <= MAX_CHAIN:
             raise InvalidArgumentError("depth.chain", self.layers, f"must name 1 to {MAX_CHAIN} layers")
+        for layer in self.layers:
+            if isinstance(layer, bool) or not isinstance(layer, int):
+                raise InvalidArgumentError("depth.chain", layer, "must name layers by whole numbers")
 
     def _possible(self, threshold: float) -> bool:
         if (
@@ -130,9 +138,14 @@ class DepthPolicy:
     def over(self, default: "DepthPolicy") -> "DepthPolicy":
         """This policy, with the default's in place of what it leaves open."""
         if self.kind is not None:
-            return self
-        bounds = {name: getattr(self, name) for name in ("min_depth", "max_depth", "width")}
-        return replace(default, **{name: value for name, value in bounds.items() if value is not None})
+            same = (self.kind, self.measure) == (default.kind, default.measure)
+            return replace(self, threshold=default.threshold) if same and self.threshold is None else self
+        given: dict[str, Any] = {name: getattr(self, name) for name in ("min_depth", "max_depth", "width")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if default.depth is not None:
+            low, high = given.get("min_depth", 0), given.get("max_depth", MAX_DEPTH)
+            given["depth"] = max(1, low, min(default.depth, high))
+        return replace(default, **given)
 
     @staticmethod
     def full(**bounds: Any) -> "DepthPolicy":

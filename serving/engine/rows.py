@@ -38,6 +38,9 @@ class Rows:
         self.threshold = np.zeros(slots + 1)
         self.floor = column(0)  # a token may not leave before
         self.ceiling = column(MANY)  # a token leaves here at the latest
+        self.reach = column(
+            MANY
+        )  # the deepest that any token of the sequence may come: a deadline moves the ceiling
         self.full = column(0)  # depth of its path
         self.pace = np.full(slots + 1, np.nan)  # seconds that its tokens take for each unit of depth
         self.shed = column(MANY)  # the governor may lower the ceiling down to here

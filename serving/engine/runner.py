@@ -97,11 +97,9 @@ class TorchRunner:
         return replace(path, width=width)
 
     def _path(self, policy: DepthPolicy) -> Path:
-        full = self.model.path()
-        exits = any(node.exit_to != NOWHERE for node in full.nodes)
-        if policy.kind == "chain":
-            return self._chain(policy.layers)
-        if policy.kind not in ("full", "fixed") and not exits:
+        path = self._chain(policy.layers) if policy.kind == "chain" else self.model.path()
+        exits = any(node.exit_to != NOWHERE for node in path.nodes)
+        if policy.kind not in ("full", "fixed", "chain") and not exits:
             raise InvalidArgumentError(
                 "depth", policy.kind, "every token of this model takes all of its layers"
             )
@@ -112,15 +110,18 @@ class TorchRunner:
             ("min_depth", policy.min_depth),
             ("max_depth", policy.max_depth),
         ):
-            if depth is not None and depth > full.full_depth:
-                raise InvalidArgumentError(
-                    f"depth.{name}", depth, f"the full depth of this model is {full.full_depth}"
-                )
-        reachable = {node.units for node in full.nodes if node.exit_to != NOWHERE} | {full.full_depth}
-        if policy.depth is not None and policy.depth not in reachable:
-            shown = ", ".join(map(str, sorted(reachable)))
+            if depth is not None and depth > path.full_depth:
+                whose = "chain" if policy.kind == "chain" else "model"
+                limit = f"the full depth of this {whose} is {path.full_depth}"
+                raise InvalidArgumentError(f"depth.{name}", depth, limit)
+        shown = ", ".join(map(str, path.exits))
+        if policy.depth is not None and policy.depth not in path.exits:
             raise InvalidArgumentError("depth.fixed", policy.depth, f"must be one of {shown}")
-        return full
+        low, high = policy.min_depth or 0, policy.max_depth
+        if high is not None and not any(low <= depth <= high for depth in path.exits):
+            limit = f"no token can leave at a depth from {low} to this one, only at {shown}"
+            raise InvalidArgumentError("depth.max_depth", high, limit)
+        return path
 
     def _chain(self, layers: tuple[int, ...]) -> Path:
         count = len(self.model.layers)

@@ -207,7 +207,7 @@ class Scheduler:
             chunk.meet = int(exit_to[leave][0])
             chunk.active = chunk.active[~leave]
         path = self.paths[chunk.sequence.path]
-        deeper = path.nodes[chunk.node + 1].units <= self.rows.ceiling[chunk.sequence.slot]
+        deeper = path.nodes[chunk.node + 1].units <= self.rows.reach[chunk.sequence.slot]
         chunk.fills = self._fills and bool(deeper)
         chunk.node = chunk.node + 1 if len(chunk.active) or chunk.fills else chunk.meet
         if chunk.node == chunk.meet:
@@ -222,7 +222,7 @@ class Scheduler:
         for further in range(1, int((exit_to - nodes).max(initial=0))):
             there = nodes + further < exit_to
             at = slots[there], paths[there], nodes[there] + further
-            seen = self.paths.look("units", *at[1:]) <= self.rows.ceiling[at[0]]
+            seen = self.paths.look("units", *at[1:]) <= self.rows.reach[at[0]]
             stages, depths = (self.paths.look(column, *at[1:]) for column in ("stage", "depth"))
             for stage in np.unique(stages[seen]).tolist():
                 chosen = seen & (stages == stage)
@@ -261,9 +261,8 @@ class Scheduler:
             return
         tokens = request.params.max_tokens - len(sequence.tokens)
         affordable = (request.deadline - self._clock()) / max(1, tokens) / max(rows.pace[slot], 1e-9)
-        full = self.paths[sequence.path].full_depth
-        highest = full if request.policy.max_depth is None else request.policy.max_depth
-        rows.ceiling[slot] = int(np.clip(affordable, max(1, request.policy.min_depth or 1), highest))
+        path, highest = self.paths[sequence.path], min(int(rows.reach[slot]), int(rows.full[slot]))
+        rows.ceiling[slot] = path.deepest(min(affordable, highest), request.policy.min_depth or 1)
         short = rows.ceiling[slot] < highest
         rows.capped[slot] = ExitReason.OUT_OF_TIME if short else ExitReason.FIXED_DEPTH
 
@@ -311,17 +310,20 @@ class Scheduler:
     def _set_policy(self, sequence: Sequence) -> None:
         """Write the sequence's depth policy into its columns."""
         rows, slot = self.rows, sequence.slot
-        policy = sequence.request.policy
-        full = self.paths[sequence.path].full_depth
+        policy, path = sequence.request.policy, self.paths[sequence.path]
+        low, high = policy.min_depth or 0, policy.max_depth
         rows.path[slot] = sequence.path
         rows.signal[slot] = SIGNALS.index(policy.signal) if policy.signal else IDLE
         if policy.signal:
             given = policy.threshold
             rows.threshold[slot] = DEFAULT_THRESHOLDS.get(policy.signal, 1.0) if given is None else given
         rows.floor[slot] = policy.min_depth or 0
-        rows.ceiling[slot] = policy.depth or (MANY if policy.max_depth is None else policy.max_depth)
-        rows.full[slot] = full
-        rows.shed[slot] = next((d for d in (policy.min_depth, self._min_depth) if d is not None), full)
+        ceiling = policy.depth or (MANY if high is None else path.deepest(high, low))
+        rows.ceiling[slot] = rows.reach[slot] = ceiling
+        rows.full[slot] = path.full_depth
+        rows.shed[slot] = next(
+            (d for d in (policy.min_depth, self._min_depth) if d is not None), path.full_depth
+        )
         rows.early[slot], rows.capped[slot] = policy.reason, ExitReason.FIXED_DEPTH
 
     def _cut_chunks(self) -> None:

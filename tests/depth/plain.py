@@ -154,6 +154,8 @@ class Plain:
             threshold = DEFAULT_THRESHOLDS.get(p.signal, 1.0) if p.threshold is None else p.threshold
             early = value >= threshold if p.signal in AT_LEAST else value <= threshold
         ceiling = p.depth or p.max_depth
+        if ceiling is not None:  # of a model without an exit at that depth: the one before
+            ceiling = max(exit_ for exit_ in self.model.path().exits if exit_ <= ceiling)
         return (early and depth >= (p.min_depth or 0)) or (ceiling is not None and depth >= ceiling)
 
     def measure(self, name: str, depth: int, before: Tensor, after: Tensor, position: int) -> float:

@@ -189,6 +189,19 @@ def test_exits_by_gate(name: str, bounds: dict[str, int]) -> None:
     assert min(depths) >= bounds.get("min_depth", 1) and max(depths) <= bounds.get("max_depth", 4)
 
 
+def test_nobody_goes_deeper_than_the_most() -> None:
+    """Where the most lies between two exits, tokens leave at the first of them."""
+    rng = random.Random(0)
+    assert set(check("nested propagate", DepthPolicy.full(max_depth=2), rng=rng)) == {1}
+
+
+def test_a_gate_without_a_threshold_takes_the_model_s_own() -> None:
+    default = DepthPolicy.gate(0.6)
+    assert DepthPolicy.gate(min_depth=2).over(default) == DepthPolicy.gate(0.6, min_depth=2)
+    assert DepthPolicy.gate(0.3).over(default) == DepthPolicy.gate(0.3)
+    assert DepthPolicy(None, max_depth=2).over(DepthPolicy.fixed(3)) == DepthPolicy.fixed(2, max_depth=2)
+
+
 @pytest.mark.parametrize("name", ["llama", "gla"])
 @pytest.mark.parametrize("layers", [[0, 1, 2, 3], [0, 2, 3], [0, 1, 1, 2, 3], [3, 0, 0, 0], [1]], ids=str)
 def test_chains(name: str, layers: list[int]) -> None:
@@ -261,6 +274,15 @@ def test_scores_follow_the_policy() -> None:
         ("llama", "chain(0, -1)", "depth.chain"),
         ("nested absent", "fixed(3)", "depth.fixed = 3.*1, 2, 4"),
         ("ouro", "full(min=9)", "min_depth = 9"),
+        ("ouro", "full(max=0)", "depth.max_depth = 0.*only at 1, 2, 3, 4"),
+        ("ouro", "fixed(3, max=2)", "depth.fixed = 3.*max_depth = 2"),
+        ("ouro", "fixed(2, min=3)", "depth.fixed = 2.*min_depth = 3"),
+        (
+            "nested propagate",
+            "full(min=2, max=2)",
+            "depth.max_depth = 2.*from 2 to this one, only at 1, 3, 4",
+        ),
+        ("llama", "chain(0, 1, 2, max=2)", "depth.max_depth = 2.*only at 3"),
     ],
 )
 def test_impossible_policies_are_refused(name: str, policy: str, words: str) -> None:

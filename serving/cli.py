@@ -26,7 +26,7 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="YAML file that says what to serve")] = None,
     grpc_port: Annotated[int | None, typer.Option(envvar="FATHOM_GRPC_PORT")] = None,
     http_port: Annotated[int | None, typer.Option(envvar="FATHOM_HTTP_PORT")] = None,
-    ingress: Annotated[str | None, typer.Option(help="proxy or haproxy")] = None,
+    ingress: Annotated[str | None, typer.Option(help="direct, proxy or haproxy")] = None,
 ) -> None:
     """Serve models until interrupted."""
     from serving.cluster import local

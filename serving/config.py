@@ -113,6 +113,7 @@ class GatewaySpec(Strict):
         None, ge=1
     )  # that wait for one of those places; as many again where not given
     max_message_mb: float = Field(4, gt=0, le=1024)
+    reader_patience_s: float = Field(30, gt=0)  # that a client may take to read one message
     default_timeout_s: float = Field(600, gt=0)
     max_timeout_s: float = Field(3600, gt=0)
     on_replica_loss: Literal["resume", "fail"] = (
@@ -134,11 +135,18 @@ class ServeConfig(Strict):
     gateway: GatewaySpec = GatewaySpec()
     grpc_port: Port = 9000
     http_port: Port = 8000
-    ingress: Literal["proxy", "haproxy"] = (
-        "proxy"  # Ray Serve's own proxy, or HAProxy in front of the gateways
-    )
+    ingress: Literal["direct", "proxy", "haproxy"] = "direct"
+    """The gateways' own ports; Ray Serve's proxies on every node, the default where there is a `ray_address`; or Ray
+    Serve's HAProxy in front of the gateways."""
     ray_address: str | None = None  # of a running cluster; a local one is started where not given
     startup_timeout_s: float = Field(300, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _behind_proxies(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("ray_address") is not None:
+            return {"ingress": "proxy", **raw}  # nobody knows on which nodes the gateways will be
+        return raw
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

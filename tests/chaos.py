@@ -1,7 +1,7 @@
 """`make chaos`: a real server under load, its parts killed one after another. No stream may fail or differ by a token
 from a quiet run. Prints a table, and one line of JSON; exits with 1 where a stream failed or differed.
 
-    python -m tests.chaos [--streams 64] [--tokens 256] [--faults replica,replica,drain,gateway] [--ingress proxy]
+    python -m tests.chaos [--streams 64] [--tokens 256] [--faults replica,replica,drain,gateway] [--ingress direct]
 
 The pause of a stream is its longest gap about a fault. Of that, the replay is what its new replica needed, by its own
 clock, to compute the tokens since the last snapshot again; the rest is noticing, sending, and the way to the client.
@@ -29,6 +29,7 @@ from serving import client
 from serving.config import ServeConfig
 
 MODEL = "gla"
+OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]  # of each stream, as if from many machines
 WINDOW_S = 10.0  # after a fault, in which a pause counts as its own
 
 
@@ -84,7 +85,7 @@ class Load:
             model=MODEL, text=f"def function_{index}(", sampling=sampling, timeout_s=300
         )
         try:
-            with grpc.insecure_channel(self._target) as channel:
+            with grpc.insecure_channel(self._target, OWN_CONNECTION) as channel:
                 for message in client.generate(channel, request):
                     stream.ids += message.token_ids
                     stream.times.append(time.monotonic())
@@ -155,7 +156,7 @@ def main(
     grpc_port: int = 9310,
     http_port: int = 8310,
     threads: int = 1,
-    ingress: str = "proxy",
+    ingress: str = "direct",
 ) -> None:
     from serving.cluster.local import running
 

@@ -87,7 +87,7 @@ def gateway(
     requests: Annotated[int, typer.Option(min=1)] = 200,
     streams: Annotated[int, typer.Option(min=1)] = 64,
     tokens: Annotated[int, typer.Option(min=1)] = 512,
-    ingress: Annotated[str, typer.Option(help="proxy or haproxy")] = "proxy",
+    ingress: Annotated[str, typer.Option(help="direct, proxy or haproxy")] = "direct",
     grpc_port: Annotated[int, typer.Option()] = 9100,
     http_port: Annotated[int, typer.Option()] = 8100,
 ) -> None:

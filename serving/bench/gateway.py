@@ -41,7 +41,7 @@ def run(
             rate, token_rate = asyncio.run(flood(target, nothing.name, streams, tokens))
     added = 1e3 * (statistics.median(outside) - statistics.median(inside))
     report(
-        f"{model} through Ray Serve's {ingress}",
+        f"{model}, ingress {ingress}",
         ("", "in-process", "through gRPC"),
         (
             (

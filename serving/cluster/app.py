@@ -25,7 +25,7 @@ from serving.cluster import autoscaling
 from serving.cluster.death import process_of
 from serving.cluster.directory import BEAT_S, directory
 from serving.cluster.link import Entry
-from serving.config import GatewaySpec, ModelSpec, Strict, validated
+from serving.config import GatewaySpec, ModelSpec, Port, Strict, validated
 from serving.gateway.services import Call, services
 
 log = logging.getLogger("fathom.cluster")
@@ -38,9 +38,17 @@ DRAIN_S = 10.0
 Grpc = Any  # the context that Ray Serve hands to a gRPC method
 
 
+class Ports(Strict):
+    """Of a gateway that clients come to directly."""
+
+    grpc: Port
+    http: Port
+
+
 class GatewayArgs(Strict):
     spec: GatewaySpec = GatewaySpec()
     models: tuple[str, ...] = ()  # that the gateway is to know of before they are loaded
+    ports: Ports | None = None  # its own; without them Ray Serve's ingress is in front
 
 
 class EngineDeployment:
@@ -84,7 +92,7 @@ class EngineDeployment:
 
 
 class GatewayDeployment:
-    """The front door. Ray Serve's ingress calls the method of an RPC's name."""
+    """Translates between the wire and the engines."""
 
     def __init__(self, args: GatewayArgs):
         from serving.gateway.fleet import Fleet
@@ -102,7 +110,7 @@ class GatewayDeployment:
         self._requests = Requests(self._fleet, args.spec, self._observers.listeners)
         self.rpc = Rpc(self._requests, self._fleet, args.spec, self._metrics)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def _app(self) -> FastAPI:
         from serving.gateway.http import make_app
 
         return make_app(self._requests, self._fleet, self._spec, self._metrics)
@@ -112,19 +120,44 @@ class GatewayDeployment:
         await asyncio.to_thread(self._observers.close)
 
 
+class DirectGateway(GatewayDeployment):
+    """A gateway with ports of its own."""
+
+    async def __init__(self, args: GatewayArgs):  # type: ignore[misc]  # Ray awaits it
+        from serving.gateway.doors import GrpcDoor, HttpDoor, any_address
+
+        super().__init__(args)
+        assert args.ports is not None
+        grpc_door, http_door = GrpcDoor(self.rpc, args.spec), HttpDoor(self._app())
+        self._doors = grpc_door, http_door
+        await grpc_door.open(any_address(), args.ports.grpc)
+        await http_door.open(any_address(), args.ports.http)
+
+    async def __del__(self) -> None:
+        await asyncio.gather(*(door.close(DRAIN_S) for door in self._doors))
+        await super().__del__()
+
+
+class ProxiedGateway(GatewayDeployment):
+    """A gateway behind Ray Serve's ingress, which calls the method of an RPC's name."""
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app()
+
+
 def _answer(service: str, method: MethodDescriptor) -> Callable[..., Any]:
     """The deployment's method for an RPC."""
 
-    async def unary(self: GatewayDeployment, call: Call, grpc_context: Grpc) -> Message:
+    async def unary(self: ProxiedGateway, call: Call, grpc_context: Grpc) -> Message:
         return await self.rpc.unary(call, grpc_context)
 
-    async def stream(self: GatewayDeployment, call: Call, grpc_context: Grpc) -> AsyncGenerator[Message]:
+    async def stream(self: ProxiedGateway, call: Call, grpc_context: Grpc) -> AsyncGenerator[Message]:
         async with aclosing(self.rpc.stream(call, grpc_context)) as answers:
             async for answer in answers:
                 yield answer
 
     async def exchange(
-        self: GatewayDeployment, calls: AsyncIterator[Call], grpc_context: Grpc
+        self: ProxiedGateway, calls: AsyncIterator[Call], grpc_context: Grpc
     ) -> AsyncGenerator[Message]:
         async with aclosing(self.rpc.exchange(service, method.name, calls, grpc_context)) as answers:
             async for answer in answers:
@@ -135,21 +168,20 @@ def _answer(service: str, method: MethodDescriptor) -> Callable[..., Any]:
 
 for _service in services():
     for _method in _service.methods:
-        setattr(GatewayDeployment, _method.name, _answer(_service.full_name, _method))
+        setattr(ProxiedGateway, _method.name, _answer(_service.full_name, _method))
 
 
 def gateway(args: dict[str, Any]) -> Application:
     """The application with the route "/". Raises ServeConfigError."""
     checked = validated(GatewayArgs, args, "gateway")
+    kind = DirectGateway if checked.ports else serve.ingress()(ProxiedGateway)
     options: dict[str, Any] = {
         "num_replicas": checked.spec.replicas,
         "max_ongoing_requests": checked.spec.max_streams,
         "max_queued_requests": checked.spec.max_queued or checked.spec.max_streams,
         "ray_actor_options": {"num_cpus": checked.spec.cpus},
     }
-    return serve.deployment(name="gateway", **QUIET, **options)(serve.ingress()(GatewayDeployment)).bind(
-        checked
-    )
+    return serve.deployment(name="gateway", **QUIET, **options)(kind).bind(checked)
 
 
 def model(args: dict[str, Any]) -> Application:

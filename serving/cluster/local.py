@@ -66,7 +66,9 @@ def running(config: ServeConfig, stop: threading.Event | None = None) -> Iterato
         _stop_when_told(stop)  # Ray has put itself in the place of ours, and would abort
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
+        direct = config.ingress == "direct"
         ray_serve.start(
+            proxy_location="Disabled" if direct else "EveryNode",
             http_options=ray_serve.HTTPOptions(host="0.0.0.0", port=config.http_port),
             grpc_options={
                 "port": config.grpc_port,
@@ -76,8 +78,9 @@ def running(config: ServeConfig, stop: threading.Event | None = None) -> Iterato
             logging_config={"enable_access_log": False, "log_level": "WARNING"},
         )
         names = [spec.name for spec in config.models]
-        front = app.gateway({"spec": config.gateway.model_dump(), "models": names})
-        targets = [ray_serve.RunTarget(front, APPLICATION, "/")]
+        ports = {"grpc": config.grpc_port, "http": config.http_port} if direct else None
+        front = app.gateway({"spec": config.gateway.model_dump(), "models": names, "ports": ports})
+        targets = [ray_serve.RunTarget(front, APPLICATION, None if direct else "/")]
         targets += [
             ray_serve.RunTarget(app.model(m.model_dump()), _application(m.name), None) for m in config.models
         ]

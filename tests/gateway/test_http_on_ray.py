@@ -1,4 +1,4 @@
-"""The HTTP door behind Ray Serve's own ingress: what another server in its place would not show."""
+"""The HTTP door of a server that is really there, with each ingress."""
 
 import json
 import socket
@@ -22,8 +22,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture(scope="module", params=["direct", "proxy"])
+def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from serving.cluster.local import running
 
     folder = tiny.checkpoint(tmp_path_factory.mktemp("models") / "tiny")
@@ -32,6 +32,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "gateway": {"state_store": str(tmp_path_factory.mktemp("state"))},
         "grpc_port": free_port(),
         "http_port": free_port(),
+        "ingress": request.param,
     }
     with running(ServeConfig.parse(raw, "test")):
         yield f"http://127.0.0.1:{raw['http_port']}"

@@ -19,6 +19,7 @@ from models.decoder import Block, Decoder
 from models.depth.looped import LoopedDecoder
 from models.depth.lora import DepthLora, DepthNorm, projections
 from models.errors import ConfigError
+from models.layers import Packed
 from models.load import load, prepare
 from models.registry import family, names
 
@@ -93,11 +94,15 @@ class Distance:
 def convert(source: str | Path, target: Path, how: Recursion, dtype: torch.dtype = torch.float32) -> Distance:
     """Write a recursive checkpoint into the folder `target`; how far it is from the original.
 
-    Raises ModelError: the source cannot be loaded, is no plain stack, or cannot be shared in this way.
+    Raises ModelError: the source cannot be loaded, is no plain stack, or cannot be shared in this way; or the target
+    holds something already.
     """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError("conversion", "target", str(target), "must be a new or an empty folder")
     checkpoint = Checkpoint(source)
     original = load(source, "float32", "cpu").model
     config = recursive_config(checkpoint.read(), how, len(original.layers))
+    _check_rank(how.rank, original)
     _, model = family(config, "config.json").build(config, "config.json")
     assert isinstance(model, LoopedDecoder)
     fill(model, original, how)
@@ -122,6 +127,17 @@ def recursive_config(base: dict[str, Any], how: Recursion, layers: int) -> dict[
         "num_recursions": how.recursions, "skipped": how.skipped, "lora_rank": how.rank, "untied": how.rank > 0,
     }  # fmt: skip
     return config if how.alpha is None else {**config, "lora_alpha": how.alpha}
+
+
+def _check_rank(rank: int, original: Decoder) -> None:
+    """Raises ConfigError for one that no projection has."""
+    full = 0
+    for _, projection in (p for block in original.blocks for p in projections(block)):
+        rows, columns = projection.get_parameter("weight").shape
+        sizes = projection.sizes if isinstance(projection, Packed) else [rows]
+        full = max(full, min(columns, max(sizes)))
+    if rank > full:
+        raise ConfigError("conversion", "rank", rank, f"the full rank of this model's projections is {full}")
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ Token choice: one router, at the first recursion, says how many of them a token 
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
@@ -38,6 +38,8 @@ class Recursive(Part):
 class KvSharing(Part):
     enable: bool = False
     update_cache: bool = False
+    num_recursion: int | None = None
+    sharing: str | None = None
 
 
 class Relaxation(Part):
@@ -45,17 +47,19 @@ class Relaxation(Part):
 
 
 class Expert(Part):
-    router_func: Literal["sigmoid", "tanh"] | None = "sigmoid"
+    router_func: Annotated[
+        Literal["sigmoid", "tanh"] | None, pydantic.BeforeValidator(lambda f: None if f == "none" else f)
+    ] = "sigmoid"
     alpha: float = 0.1
     sampling: Literal["aux_loss", "aux_router"]
-    gating: str = "weighted"
+    gating: str | None = "weighted"
 
 
 class Token(Part):
     router_func: Literal["softmax", "sigmoid"] = "softmax"
     alpha: float | None = None
     balancing: Literal["loss", "loss_free"] | None = None
-    gating: str = "weighted"
+    gating: str | None = "weighted"
 
     @property
     def scale(self) -> float:
@@ -263,6 +267,10 @@ def read(raw: dict[str, Any], file: object) -> tuple[llama.Config, Yaml]:
     if (c.num_hidden_layers - plain) % n or c.num_hidden_layers <= plain:
         limit = f"less {plain} plain layers, must be a multiple of recursive.num_recursion = {n}"
         raise ConfigError(file, "num_hidden_layers", c.num_hidden_layers, limit)
+    for key in ("num_recursion", "sharing") if y.kv_sharing.enable else ():
+        shared, own = getattr(y.kv_sharing, key), getattr(y.recursive, key)
+        if shared not in (None, own):
+            raise ConfigError(where, f"kv_sharing.{key}", shared, f"must be recursive.{key} = {own}")
     if len(shares) != n or not all(0 < share <= 1 for share in shares):
         raise ConfigError(where, "mor.capacity", y.mor.capacity, f"must be {n} shares above 0, at most 1")
     if y.skipped != "absent" and y.mor.type == "expert" and shares[0] < 1:

@@ -16,7 +16,6 @@ from tests.depth.test_depth import GLA, LLAMA
 
 DEEP: dict[str, Any] = {**LLAMA, "num_hidden_layers": 8, "attention_bias": True}
 DEEP_GLA: dict[str, Any] = {**GLA, "num_hidden_layers": 6}
-FULL_RANK = 28
 
 
 @pytest.mark.parametrize(
@@ -32,7 +31,7 @@ def test_at_full_rank_it_equals_the_original(tmp_path: Path, config: dict[str, A
     source = tiny.checkpoint(tmp_path / "plain", config, text=False)
     strict = convert(source, tmp_path / "strict", how)
     assert strict.divergence > 1e-3 and strict.agreement < 1, "the layers are too alike to tell anything"
-    equal = convert(source, tmp_path / "equal", replace(how, rank=FULL_RANK))
+    equal = convert(source, tmp_path / "equal", replace(how, rank=config["hidden_size"]))
     assert equal.largest < 1e-3 and equal.agreement == 1 and equal.divergence < 1e-6
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     plain = LLM(load(source, dtype="float32"), slots=1).generate([[5, 6, 7]], params)[0]
@@ -59,9 +58,10 @@ def test_strict_layers_are_the_ones_that_were_chosen(tmp_path: Path) -> None:
         (DEEP, Recursion("cycle", 3), "recursions = 3.*divide the 8 layers"),
         (DEEP, Recursion("middle_cycle", 1), "recursions = 1"),
         (DEEP, Recursion("cycle", 2, rank=-1), "rank = -1"),
+        (DEEP, Recursion("cycle", 2, rank=21), "rank = 21.*full rank of this model's projections is 20"),
         (tiny.LOOPED, Recursion("cycle", 2), "recursive already"),
     ],
-    ids=["3 of 8", "once", "rank", "recursive"],
+    ids=["3 of 8", "once", "rank", "above full rank", "recursive"],
 )
 def test_impossible_conversions_are_refused(
     tmp_path: Path, config: dict[str, Any], how: Recursion, words: str
@@ -69,3 +69,12 @@ def test_impossible_conversions_are_refused(
     source = tiny.checkpoint(tmp_path / "plain", config, text=False)
     with pytest.raises(ConfigError, match=words):
         convert(source, tmp_path / "target", how)
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+    source = tiny.checkpoint(tmp_path / "plain", DEEP, text=False)
+    before = (source / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match=r"target.*new or an empty folder"):
+        convert(source, source, Recursion("cycle", 2))
+    assert (source / "model.safetensors").read_bytes() == before

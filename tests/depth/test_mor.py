@@ -160,9 +160,9 @@ class Reference:
             y = x
             for j in range(self.base):
                 y = self.layer(f"{at}block.{j}.", y, position, ("core", j), r)
-            functions = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, None: lambda s: s}
+            functions = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "none": lambda s: s}
             gate = functions[part.get("router_func", "sigmoid")](logit)
-            if part.get("router_func", "sigmoid") is not None:
+            if part.get("router_func", "sigmoid") != "none":
                 gate = gate * part.get("alpha", 0.1)
             x = x + (gate * y if part.get("gating", "weighted") == "weighted" else y)
         return x, self.n
@@ -248,7 +248,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "expert": True, "sharing": "cycle", "mlp_router": True, "capacity": "0.9,0.5", "n": 2,
         "part": {**AUX_LOSS, "sampling": "aux_router", "router_func": "tanh", "alpha": 0.5},
     },
-    "expert unweighted": {"expert": True, "base": 1, "part": {**AUX_LOSS, "gating": "none", "router_func": None}},
+    "expert unweighted": {"expert": True, "base": 1, "part": {**AUX_LOSS, "gating": None, "router_func": "none"}},
     "token": {"expert": False, "part": {"router_func": "softmax", "balancing": "loss_free", "gating": "weighted"}},
     "token cycle sigmoid": {
         "expert": False, "sharing": "cycle", "mlp_router": True, "untied": False,
@@ -297,6 +297,8 @@ def test_untied_attention_stays_and_tied_weights_are_shared(tmp_path: Path) -> N
         ({"recursive": {"num_recursion": 3, "sharing": "sequence"}}, "sharing"),
         ({"mor": {"type": "expert", "capacity": "1,0.5", "expert": AUX_LOSS}}, "mor.capacity"),
         ({"relaxation": {"enable": True}}, "relaxation.enable"),
+        ({"kv_sharing": {"enable": True, "num_recursion": 2}}, "kv_sharing.num_recursion = 2.*must be"),
+        ({"kv_sharing": {"enable": True, "sharing": "cycle"}}, "kv_sharing.sharing = 'cycle'.*middle_cycle"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )

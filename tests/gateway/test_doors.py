@@ -28,8 +28,9 @@ def ask(tokens: int) -> pb.GenerateRequest:
 
 async def test_who_does_not_read_is_not_waited_for(tmp_path: Path) -> None:
     folder = tiny.checkpoint(tmp_path / "tiny")
+    small = [*OWN_CONNECTION, ("grpc.http2.bdp_probe", 0)]  # the window of what is under way does not grow
     async with house(folder) as h, grpc_port(h.rpc, reader_patience_s=0.5) as address:
-        with grpc.insecure_channel(address) as channel:  # reads only when it is asked to
+        with grpc.insecure_channel(address, small) as channel:  # reads only when it is asked to
             call = inference_pb2_grpc.InferenceStub(channel).Generate(ask(100_000))
             first = await asyncio.to_thread(next, call)
             assert first.token_ids

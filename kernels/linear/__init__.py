@@ -1,4 +1,5 @@
-"""Projections on CPUs: with float32 weights, or weights of eight bits, in blocks of channels (see blocks_numba)."""
+"""Projections on CPUs: with float32 weights, sixteen bits wide where that loses nothing, or weights of eight bits, in
+blocks of channels (see blocks_numba)."""
 
 from typing import cast
 
@@ -9,11 +10,11 @@ from torch import Tensor
 
 from kernels.invariance import Invariance, invariant_linear, wanted
 from kernels.library import define
-from kernels.linear.blocks_numba import NONE, Matrix, project, project_alone, to_blocks
+from kernels.linear.blocks_numba import FEATURES, NONE, Blocks, Matrix, project, project_alone, to_blocks
 from kernels.linear.naive import linear_naive, quantize
 from kernels.pool import as_float32
 
-__all__ = ["Blocked", "linear", "linear_naive", "quantize"]
+__all__ = ["Blocked", "linear", "linear_naive", "narrowed", "quantize"]
 
 ROWS = 64  # Of more, BLAS is quicker with float32 weights; it has no batch invariance to keep.
 SMALL = 1 << 19  # Products that cost less than waking other threads.
@@ -24,13 +25,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return invariant_linear(x, weight, bias) if wanted(x) else F.linear(x, weight, bias)
 
 
+def narrowed(weight: Tensor) -> Blocks:
+    """weight [N, K], float32 or int8, as an array. Of float32 weights that are numbers of bfloat16 or of float16, as
+    checkpoints in these types have them, the sixteen bits: as uint16, or int16."""
+    parts = weight.split(ROWS)  # A matrix that needs its 32 bits says so at once.
+    if weight.dtype is torch.float32 and weight.numel() > 0:
+        if not any((part.contiguous().view(torch.int32) & 0xFFFF).any() for part in parts):
+            return weight.bfloat16().view(torch.uint16).numpy()
+        if FEATURES.get("f16c") and all(part.half().float().equal(part) for part in parts):
+            return weight.half().view(torch.int16).numpy()
+    return weight.numpy()
+
+
 class Blocked:
-    """A projection's weights [N, K] once more, as decoding on a CPU reads them: float32, or int8 with a scale [N]."""
+    """A projection's weights [N, K] once more, as decoding on a CPU reads them: float32 (in sixteen bits where they are
+    no wider), or int8 with a scale [N]."""
 
     def __init__(self, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None):
         self.outputs = weight.shape[0]
         self.matrix = Matrix(
-            to_blocks(weight.detach().numpy()),
+            to_blocks(narrowed(weight.detach())),
             NONE if scale is None else as_float32(scale),
             NONE if bias is None else as_float32(bias.detach()),
         )

@@ -3,14 +3,18 @@
 Each output is one running sum over the inputs, in their order, whatever the number of rows: a row's numbers are the
 same to the bit in any batch. A vector of weights is read once for up to six rows, and the sums stay in registers.
 Weights of eight bits meet inputs of (up to) sixteen: a product of integers has no rounding, and takes half the
-instructions.
+instructions. Weights that bfloat16 or float16 holds exactly are stored so, and widened in registers: the same sums, to
+the bit, for half of the reading.
+
+While rows pass over a block of weights, six at a time, each pass asks for its share of the next block, so that reading
+and multiplying take place at the same time.
 
 The inner loops are written in LLVM's own terms: from Python loops it would make other orders of summation for one row
 than for six, and would not find the instruction that multiplies pairs of integers and adds them up.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import llvmlite.binding
 import numba
@@ -24,7 +28,7 @@ from numba.extending import intrinsic, overload
 from kernels.fastmath import wide_vectors
 
 Floats = npt.NDArray[np.float32]
-Blocks = npt.NDArray[np.float32] | npt.NDArray[np.int8]
+Blocks = npt.NDArray[Any]
 
 FEATURES = llvmlite.binding.get_host_cpu_features()
 WIDE = bool(FEATURES.get("avx512f"))
@@ -42,19 +46,21 @@ _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 class Matrix(NamedTuple):
     """A projection [N, K] as `project` takes it."""
 
-    blocks: Blocks  # float32 [N', K, LANES], or int8 [N', K / 2, LANES, 2], flat; N' = N / LANES, rounded up
+    # [N', K, LANES], flat, N' = N / LANES, rounded up: float32, or the bits of bfloat16 as uint16, of float16 as int16.
+    # Or int8 [N', K / 2, LANES, 2].
+    blocks: Blocks
     scale: Floats  # [N], or [0] for none
     bias: Floats  # [N], or [0] for none
 
 
 def to_blocks(weight: Blocks) -> Blocks:
-    """weight [N, K], float32 or int8 -> blocks, flat. Channels that are missing in the last block are zero."""
+    """weight [N, K] of one of the types -> blocks, flat. Channels that are missing in the last block are zero."""
     N, K = weight.shape
     pair = 2 if weight.dtype == np.int8 else 1
     padded = np.zeros((-(-N // CHANNELS) * CHANNELS, -(-K // pair) * pair), weight.dtype)
     padded[:N, :K] = weight
     parted = padded.reshape(-1, LANES, padded.shape[1] // pair, pair)
-    return cast("Blocks", np.ascontiguousarray(parted.transpose(0, 2, 1, 3)).reshape(-1))
+    return np.ascontiguousarray(parted.transpose(0, 2, 1, 3)).reshape(-1)
 
 
 def from_blocks(blocks: Blocks, outputs: int, inputs: int) -> Blocks:
@@ -62,7 +68,7 @@ def from_blocks(blocks: Blocks, outputs: int, inputs: int) -> Blocks:
     pair = 2 if blocks.dtype == np.int8 else 1
     parted = blocks.reshape(-1, -(-inputs // pair), LANES, pair)
     whole = parted.transpose(0, 2, 1, 3).reshape(-1, parted.shape[1] * pair)
-    return cast("Blocks", np.ascontiguousarray(whole[:outputs, :inputs]))
+    return np.ascontiguousarray(whole[:outputs, :inputs])
 
 
 @numba.njit(cache=True)
@@ -107,27 +113,66 @@ def _pair_step(b: Builder, total: Value, weights: Value, x: Value, instruction: 
     return b.add(total, b.add(even, odd))
 
 
+def _prefetch(b: Builder, at: Value) -> None:
+    """Ask for the line of an address, into the second cache."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+    b.call(
+        cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0i8"), [at, _I32(0), _I32(2), _I32(1)]
+    )
+
+
+def _widened(b: Builder, at: Value, kind: Any) -> Value:
+    """The weights of a step for LANES outputs: float32, or pairs of 16 bits."""
+
+    def load(element: Any, count: int, align: int) -> Value:
+        return b.load(b.bitcast(at, ir.VectorType(element, count).as_pointer()), align=align)
+
+    words = ir.VectorType(_I32, LANES)
+    if kind == types.float32:
+        return load(_F32, LANES, 4)
+    if kind == types.int16:
+        return b.fpext(load(ir.HalfType(), LANES, 2), ir.VectorType(_F32, LANES))
+    if kind == types.uint16:
+        high = b.shl(b.zext(load(ir.IntType(16), LANES, 2), words), ir.Constant(words, [16] * LANES))
+        return b.bitcast(high, ir.VectorType(_F32, LANES))
+    return b.bitcast(
+        b.sext(load(ir.IntType(8), 2 * LANES, 1), ir.VectorType(ir.IntType(16), 2 * LANES)), words
+    )
+
+
 def sums_of(rows: int, instruction: bool) -> Callable[..., None]:
     """An intrinsic: the sums of so many rows for CHANNELS outputs. With `instruction` integers are multiplied by
-    AVX512-VNNI's."""
+    AVX512-VNNI's. Meanwhile the weights from `ahead` on are asked for, `pace` bytes a step."""
 
     @intrinsic
     def sums(
-        context: Any, w: Any, w_at: Any, x: Any, x_at: Any, x_stride: Any, steps: Any, out: Any
+        context: Any,
+        w: Any,
+        w_at: Any,
+        ahead: Any,
+        pace: Any,
+        x: Any,
+        x_at: Any,
+        x_stride: Any,
+        steps: Any,
+        out: Any,
     ) -> tuple[Any, Callable[..., Any]]:
-        signature = types.void(w, types.intp, x, types.intp, types.intp, types.intp, out)
-        floats = w.dtype == types.float32
+        size_t = types.intp
+        signature = types.void(w, size_t, size_t, size_t, x, size_t, size_t, size_t, out)
+        floats = w.dtype != types.int8
         total_type = ir.VectorType(_F32 if floats else _I32, LANES)
         size = LANES if floats else 2 * LANES  # elements of a step's weights for LANES outputs
 
         def generate(context: Any, b: Builder, signature: Any, args: Any) -> Any:
-            w_array, w_at, x_array, x_at, x_stride, steps, out_array = args
+            w_array, w_at, ahead, pace, x_array, x_at, x_stride, steps, out_array = args
             w_data, x_data, out_data = (
                 context.make_array(kind)(context, b, value).data
                 for kind, value in ((w, w_array), (x, x_array), (out, out_array))
             )
             block_stride = b.mul(steps, _I64(size))
             w_starts = [b.gep(w_data, [b.add(w_at, b.mul(block_stride, _I64(v)))]) for v in range(VECTORS)]
+            coming = b.bitcast(b.gep(w_data, [ahead]), ir.IntType(8).as_pointer())
             x_starts = [b.gep(x_data, [b.add(x_at, b.mul(x_stride, _I64(r)))]) for r in range(rows)]
             before = b.block
             loop, after = b.append_basic_block("inputs"), b.append_basic_block("summed")
@@ -139,14 +184,9 @@ def sums_of(rows: int, instruction: bool) -> Callable[..., None]:
             totals = [b.phi(total_type) for _ in range(rows * VECTORS)]
             for total in totals:
                 total.add_incoming(ir.Constant(total_type, [0] * LANES), before)
-            weights = []
-            for start in w_starts:
-                at = b.gep(start, [b.mul(step, _I64(size))])
-                if floats:
-                    weights.append(b.load(b.bitcast(at, total_type.as_pointer()), align=4))
-                else:
-                    eight = b.load(b.bitcast(at, ir.VectorType(ir.IntType(8), size).as_pointer()), align=1)
-                    weights.append(b.bitcast(b.sext(eight, ir.VectorType(ir.IntType(16), size)), total_type))
+            _prefetch(b, b.gep(coming, [b.mul(step, pace)]))
+            at = [b.gep(start, [b.mul(step, _I64(size))]) for start in w_starts]
+            weights = [_widened(b, place, w.dtype) for place in at]
             sums = []
             for r, start in enumerate(x_starts):
                 at = b.gep(start, [step if floats else b.mul(step, _I64(2))])
@@ -178,7 +218,9 @@ def sums_of(rows: int, instruction: bool) -> Callable[..., None]:
 
 
 VNNI = WIDE and bool(FEATURES.get("avx512vnni"))
-_sums_1, _sums_2, _sums_4, _sums_6 = (sums_of(rows, VNNI) for rows in (1, 2, 4, MOST_ROWS))
+_sums_1, _sums_2, _sums_3, _sums_4, _sums_5, _sums_6 = (
+    sums_of(rows, VNNI) for rows in range(1, MOST_ROWS + 1)
+)
 
 
 def _rounded(x, blocks):  # type: ignore[no-untyped-def]  # numba compares the signatures of these two
@@ -188,9 +230,9 @@ def _rounded(x, blocks):  # type: ignore[no-untyped-def]  # numba compares the s
 
 @overload(_rounded)
 def _rounded_of(x, blocks):  # type: ignore[no-untyped-def]
-    if blocks.dtype == types.float32:
-        return lambda x, blocks: (x, NONE)
-    return lambda x, blocks: rounded(x)
+    if blocks.dtype == types.int8:
+        return lambda x, blocks: rounded(x)
+    return lambda x, blocks: (x, NONE)
 
 
 @numba.njit(fastmath=True, error_model="numpy", cache=True, nogil=True)
@@ -217,27 +259,33 @@ def rounded(x: Floats) -> tuple[npt.NDArray[np.int16], Floats]:
 def _task(rows: Any, steps: Floats, w: Matrix, out: Floats, channel: int, first: int, last: int) -> None:
     """The outputs from `channel` on, of the rows from `first` to `last`."""
     wide_vectors()
-    pair = 1 if w.blocks.itemsize == 4 else 2
-    inner = rows.shape[1] // pair
+    inner = rows.shape[1] // (2 if w.blocks.itemsize == 1 else 1)
     width = min(CHANNELS, out.shape[1] - channel)
     base = channel * rows.shape[1]
     flat = rows.reshape(rows.size)
     stride = rows.shape[1]
     sums = np.empty(MOST_ROWS * CHANNELS, np.float32)
+    whole = CHANNELS * stride  # a block
+    groups = (last - first + MOST_ROWS - 1) // MOST_ROWS
+    # One row reads as fast as the memory gives; asking for more only disturbs it.
+    ahead, pace = base + whole, 0 if last - first == 1 else whole * w.blocks.itemsize // (inner * groups)
     r = first
     while r < last:
-        if last - r >= MOST_ROWS:
-            _sums_6(w.blocks, base, flat, r * stride, stride, inner, sums)
-            count = MOST_ROWS
-        elif last - r >= 4:
-            _sums_4(w.blocks, base, flat, r * stride, stride, inner, sums)
-            count = 4
-        elif last - r >= 2:
-            _sums_2(w.blocks, base, flat, r * stride, stride, inner, sums)
-            count = 2
+        left = last - r
+        count = 4 if 6 < left < 9 else min(left, MOST_ROWS)  # 4 and 4 rows take less time than 6 and 2
+        if count == 6:
+            _sums_6(w.blocks, base, ahead, pace, flat, r * stride, stride, inner, sums)
+        elif count == 5:
+            _sums_5(w.blocks, base, ahead, pace, flat, r * stride, stride, inner, sums)
+        elif count == 4:
+            _sums_4(w.blocks, base, ahead, pace, flat, r * stride, stride, inner, sums)
+        elif count == 3:
+            _sums_3(w.blocks, base, ahead, pace, flat, r * stride, stride, inner, sums)
+        elif count == 2:
+            _sums_2(w.blocks, base, ahead, pace, flat, r * stride, stride, inner, sums)
         else:
-            _sums_1(w.blocks, base, flat, r * stride, stride, inner, sums)
-            count = 1
+            _sums_1(w.blocks, base, ahead, pace, flat, r * stride, stride, inner, sums)
+        ahead += whole // groups
         for j in range(count):
             y = out[r + j, channel : channel + width]
             made = sums[j * CHANNELS : j * CHANNELS + width]

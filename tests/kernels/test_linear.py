@@ -9,13 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.invariance import use_invariance
-from kernels.linear import Blocked, linear, linear_naive, quantize
+from kernels.linear import Blocked, linear, linear_naive, narrowed, quantize
 from kernels.linear.blocks_numba import (
     CHANNELS,
     LANES,
     MOST_ROWS,
+    NONE,
+    Matrix,
     from_blocks,
     most,
+    project,
     rounded,
     sums_of,
     to_blocks,
@@ -75,6 +78,32 @@ def test_a_row_does_not_see_its_neighbours(bits: int, rows: int, inner: int, out
         assert torch.equal(blocked(x[row : row + 1]), together[row : row + 1])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@given(rows=st.integers(1, 14), inner=st.integers(1, 70), outer=SIZES, size=st.sampled_from([1e-6, 1.0, 1e3]))
+def test_sixteen_bits_say_what_32_do(
+    dtype: torch.dtype, rows: int, inner: int, outer: int, size: float
+) -> None:
+    x, weight, bias = case(rows, inner, outer, inner)
+    weight = (size * weight).to(dtype).float()
+    blocked = Blocked(weight, None, bias)
+    assert blocked.matrix.blocks.itemsize == 2
+    out = torch.empty(rows, outer).numpy()
+    project(x.numpy(), Matrix(to_blocks(weight.numpy()), NONE, bias.numpy()), out)
+    assert torch.equal(blocked(x), torch.from_numpy(out))
+
+
+@pytest.mark.parametrize("rows", [1, 65, 300])
+def test_one_weight_of_32_bits_is_enough_to_keep_all(rows: int) -> None:
+    weight = torch.ones(rows, 3)
+    assert narrowed(weight).dtype == np.uint16
+    weight[0, 0] = 1 + 2**-10
+    assert narrowed(weight).dtype == np.int16
+    for other in (1 + 2**-20, 1e5 + 1, 1e-30, float("inf") - 1):
+        weight[-1, -1] = other
+        assert narrowed(weight).dtype == (np.int16 if np.isinf(other) else np.float32)
+
+
 @given(outer=SIZES, inner=st.integers(1, 9), bits=st.sampled_from([8, 32]))
 def test_blocks_hold_the_whole_matrix(outer: int, inner: int, bits: int) -> None:
     weight = np.arange(outer * inner).reshape(outer, inner).astype(np.int8 if bits == 8 else np.float32)
@@ -101,7 +130,7 @@ def test_processors_without_the_instruction_say_the_same(rows: int) -> None:
 
     @numba.njit
     def run(w, x, inner, out):  # type: ignore[no-untyped-def]
-        sums(w, 0, x, 0, 2 * inner, inner, out)
+        sums(w, 0, 0, 0, x, 0, 2 * inner, inner, out)
 
     generator = np.random.default_rng(0)
     weight = generator.integers(-127, 128, (CHANNELS, 22)).astype(np.int8)

@@ -115,6 +115,8 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
             elif command.HasField("cancel"):
                 index = command.cancel.index if command.cancel.HasField("index") else None
                 self._cancel(command.cancel.request_id, index)
+            elif command.HasField("refused"):
+                self._loop.refused()
 
     def _submit(self, submit: wire.Submit, link: "_Link") -> None:
         try:
@@ -166,7 +168,11 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
     def _load(self) -> wire.Load:
         load: Load = self._engine.load()
         return wire.Load(
-            slots=load.slots, running=load.running, waiting=load.waiting, draining=self._engine.draining
+            slots=load.slots,
+            running=load.running,
+            waiting=load.waiting,
+            queue=min(load.queue, (1 << 32) - 1),
+            draining=self._engine.draining,
         )
 
 

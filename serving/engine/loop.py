@@ -52,6 +52,15 @@ class EngineLoop:
         """Stop a request, or one of its continuations, before the next step."""
         self._send(lambda: [*self.engine.cancel(request_id, index)])
 
+    def refused(self) -> None:
+        """A request was turned away elsewhere, because the queue here is full."""
+
+        def command() -> News:
+            self.engine.scheduler.refused()
+            return []
+
+        self._send(command)
+
     def drain(self) -> None:
         """Take no more requests, and hand over those that there are."""
         self._send(lambda: [*self.engine.drain()])

@@ -73,6 +73,7 @@ class Load:
     slots: int
     running: int
     waiting: int
+    queue: int  # that may wait
 
 
 @dataclass(frozen=True, slots=True)

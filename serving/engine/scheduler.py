@@ -110,7 +110,11 @@ class Scheduler:
         return path.slots * PAGE * pages_for(min(longest, self._max_tokens))
 
     def load(self) -> Load:
-        return Load(self.slots.capacity, self.slots.used, len(self._waiting))
+        return Load(self.slots.capacity, self.slots.used, len(self._waiting), self._waiting.most)
+
+    def refused(self) -> None:
+        """A request was turned away before it came here."""
+        self._waiting.refused()
 
     def expired(self) -> Iterator[Request]:
         """Requests whose deadline has passed."""

@@ -45,6 +45,10 @@ class WaitingQueue:
         return len(self._heap)
 
     @property
+    def most(self) -> int:
+        return self._most
+
+    @property
     def full(self) -> bool:
         return len(self._heap) >= self._most
 

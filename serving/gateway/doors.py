@@ -8,7 +8,7 @@ import asyncio
 import socket
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -62,7 +62,7 @@ class _Servicer:
     """A method for each RPC, by its bare name."""
 
     def __init__(self, rpc: Rpc, patience_s: float):
-        self._rpc, self._patience_s = rpc, patience_s
+        self._rpc, self._patience = rpc, _Patience(patience_s)
         self._methods = {m.name: (s.full_name, m) for s in services() for m in s.methods}
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -83,17 +83,53 @@ class _Servicer:
         self, answers: AsyncGenerator[Message], context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
         """Answers, until the client has not taken one for too long."""
-        with suppress(StreamEndedError):  # whose context has the status
+        try:
             async with aclosing(answers):
                 async for answer in answers:
-                    try:
-                        async with asyncio.timeout(self._patience_s):
-                            await context.write(answer.SerializeToString())
-                    except TimeoutError:
-                        limit = f"reader_patience_s = {self._patience_s:g}"
-                        context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
-                        context.set_details(f"the client has not read for {limit}")
-                        return
+                    with self._patience:
+                        await context.write(answer.SerializeToString())
+        except StreamEndedError:
+            pass  # the context has the status
+        except asyncio.CancelledError:
+            if not self._patience.lost(asyncio.current_task()):
+                raise
+            context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
+            context.set_details(f"the client has not read for reader_patience_s = {self._patience.seconds:g}")
+
+
+class _Patience:
+    """Cancels tasks that stay inside for too long. One look at all of them from time to time: a timer for each message
+    would cost as much as the message."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._since: dict[asyncio.Task[Any] | None, float] = {}
+        self._lost: set[asyncio.Task[Any] | None] = set()
+        self._look: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._since[asyncio.current_task()] = loop.time()
+        if self._look is None:
+            self._look = loop.call_later(self.seconds / 4, self._cancel, loop)
+
+    def __exit__(self, *_: object) -> None:
+        del self._since[asyncio.current_task()]
+
+    def lost(self, task: asyncio.Task[Any] | None) -> bool:
+        """Whether it was lost with this task, whose cancellation is over then."""
+        if task is None or task not in self._lost:
+            return False
+        self._lost.discard(task)
+        return task.uncancel() == 0
+
+    def _cancel(self, loop: asyncio.AbstractEventLoop) -> None:
+        late = [task for task, since in self._since.items() if since < loop.time() - self.seconds]
+        for task in late:
+            if task is not None and task not in self._lost:
+                self._lost.add(task)
+                task.cancel()
+        self._look = loop.call_later(self.seconds / 4, self._cancel, loop) if self._since else None
 
 
 class HttpDoor:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from serving.cluster.link import Entry
 from serving.engine.description import Description
-from serving.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from serving.errors import InvalidArgumentError, NotFoundError, OverloadedError, UnavailableError
 from serving.gateway.replicas import Replica
 
 log = logging.getLogger("fathom.gateway")
@@ -66,6 +66,16 @@ class Fleet:
         if not ready:
             raise UnavailableError(f"model {model!r} is not ready: it is loading, or its replicas are gone")
         return min(ready, key=lambda replica: replica.pressure)
+
+    def check_room(self, model: str) -> None:
+        """Raises OverloadedError where no replica has a place left: a refusal here costs little, and there what a
+        request does."""
+        ready = self.replicas(model)
+        if ready and all(replica.room <= 0 for replica in ready):
+            for replica in ready:
+                replica.refuse()
+            waiting = sum(replica.load.waiting for replica in ready)
+            raise OverloadedError(f"the queue is full: {waiting} requests are waiting")
 
     def describe(self, model: str) -> tuple[Description, list[Replica]]:
         """Raises UnavailableError while no replica is ready."""

@@ -69,6 +69,8 @@ class Replica:
         self.chat: ChatTemplate | None = None
         self.load = wire.Load()
         self.alive = True
+        self._sent = 0  # requests since the last report of its load
+        self._refused = 0
         self._on_change = on_change
         self._mailboxes: dict[str, Mailbox] = {}
         self._commands: asyncio.Queue[wire.Command] = asyncio.Queue()
@@ -86,12 +88,26 @@ class Replica:
         busy = max(self.load.running + self.load.waiting, len(self._mailboxes))
         return busy / max(1, self.load.slots)
 
+    @property
+    def room(self) -> int:
+        """Requests that would find a slot or a place in its queue, counting what this gateway has sent since the last
+        report."""
+        free = max(0, self.load.slots - self.load.running)
+        return self.load.queue + free - self.load.waiting - self._sent
+
+    def refuse(self) -> None:
+        """Somebody is turned away for want of room here."""
+        self._refused += 1
+        if self._refused == 1:  # one for all until the next report
+            self._commands.put_nowait(wire.Command(refused=1))
+
     def submit(self, request: Request, timeout_s: float | None, some: asyncio.Event) -> Mailbox:
         """Send a request; `some` is set when there is news of it. Raises UnavailableError when the replica is
         gone."""
         if not self.alive:
             raise ReplicaLostError("the replica is gone")
         mailbox = self._mailboxes[request.id] = Mailbox(some)
+        self._sent += 1
         self._commands.put_nowait(wire.Command(submit=submit_from(request, timeout_s)))
         return mailbox
 
@@ -157,7 +173,7 @@ class Replica:
 
     def _take(self, events: wire.Events) -> None:
         drained = events.load.draining and not self.load.draining
-        self.load = events.load
+        self.load, self._sent, self._refused = events.load, 0, 0
         if drained:
             self._on_change(self)
         if events.description:

@@ -205,7 +205,9 @@ class Requests:
         """Raises UnauthenticatedError, PermissionDeniedError, or OverloadedError, before anything has been done."""
         self._check_room()
         caller = self.keys.authenticate(ask.credential)
-        caller.check(self.fleet.resolve(ask.model))
+        model = self.fleet.resolve(ask.model)
+        caller.check(model)
+        self.fleet.check_room(model)
         return caller
 
     def _check_room(self) -> None:

@@ -35,6 +35,7 @@ WIDE = bool(FEATURES.get("avx512f"))
 LANES = 16 if WIDE else 8
 VECTORS = 4 if WIDE else 2  # of weights at a time: with those of six rows, all sums fit into the registers
 CHANNELS = LANES * VECTORS
+ALONE = LANES * 4  # channels of a row that is alone: it waits for its last sums less, and for the memory
 MOST_ROWS = 6
 TOKENS = 192  # whose inputs stay in a core's cache while the weights pass
 
@@ -57,7 +58,7 @@ def to_blocks(weight: Blocks) -> Blocks:
     """weight [N, K] of one of the types -> blocks, flat. Channels that are missing in the last block are zero."""
     N, K = weight.shape
     pair = 2 if weight.dtype == np.int8 else 1
-    padded = np.zeros((-(-N // CHANNELS) * CHANNELS, -(-K // pair) * pair), weight.dtype)
+    padded = np.zeros((-(-N // ALONE) * ALONE, -(-K // pair) * pair), weight.dtype)
     padded[:N, :K] = weight
     parted = padded.reshape(-1, LANES, padded.shape[1] // pair, pair)
     return np.ascontiguousarray(parted.transpose(0, 2, 1, 3)).reshape(-1)
@@ -141,9 +142,11 @@ def _widened(b: Builder, at: Value, kind: Any) -> Value:
     )
 
 
-def sums_of(rows: int, instruction: bool) -> Callable[..., None]:
-    """An intrinsic: the sums of so many rows for CHANNELS outputs. With `instruction` integers are multiplied by
+def sums_of(rows: int, instruction: bool, channels: int = CHANNELS) -> Callable[..., None]:
+    """An intrinsic: the sums of so many rows for so many outputs. With `instruction` integers are multiplied by
     AVX512-VNNI's. Meanwhile the weights from `ahead` on are asked for, `pace` bytes a step."""
+
+    vectors = channels // LANES
 
     @intrinsic
     def sums(
@@ -171,7 +174,7 @@ def sums_of(rows: int, instruction: bool) -> Callable[..., None]:
                 for kind, value in ((w, w_array), (x, x_array), (out, out_array))
             )
             block_stride = b.mul(steps, _I64(size))
-            w_starts = [b.gep(w_data, [b.add(w_at, b.mul(block_stride, _I64(v)))]) for v in range(VECTORS)]
+            w_starts = [b.gep(w_data, [b.add(w_at, b.mul(block_stride, _I64(v)))]) for v in range(vectors)]
             coming = b.bitcast(b.gep(w_data, [ahead]), ir.IntType(8).as_pointer())
             x_starts = [b.gep(x_data, [b.add(x_at, b.mul(x_stride, _I64(r)))]) for r in range(rows)]
             before = b.block
@@ -181,7 +184,7 @@ def sums_of(rows: int, instruction: bool) -> Callable[..., None]:
             b.position_at_end(loop)
             step = b.phi(_I64)
             step.add_incoming(_I64(0), before)
-            totals = [b.phi(total_type) for _ in range(rows * VECTORS)]
+            totals = [b.phi(total_type) for _ in range(rows * vectors)]
             for total in totals:
                 total.add_incoming(ir.Constant(total_type, [0] * LANES), before)
             _prefetch(b, b.gep(coming, [b.mul(step, pace)]))
@@ -192,8 +195,8 @@ def sums_of(rows: int, instruction: bool) -> Callable[..., None]:
                 at = b.gep(start, [step if floats else b.mul(step, _I64(2))])
                 both = b.load(at if floats else b.bitcast(at, _I32.as_pointer()), align=4 if floats else 2)
                 lanes = _lanes(b, both)
-                for v in range(VECTORS):
-                    total = totals[r * VECTORS + v]
+                for v in range(vectors):
+                    total = totals[r * vectors + v]
                     sums.append(
                         _float_step(b, total, weights[v], lanes)
                         if floats
@@ -221,6 +224,7 @@ VNNI = WIDE and bool(FEATURES.get("avx512vnni"))
 _sums_1, _sums_2, _sums_3, _sums_4, _sums_5, _sums_6 = (
     sums_of(rows, VNNI) for rows in range(1, MOST_ROWS + 1)
 )
+_sums_alone = sums_of(1, VNNI, ALONE)
 
 
 def _rounded(x, blocks):  # type: ignore[no-untyped-def]  # numba compares the signatures of these two
@@ -256,11 +260,13 @@ def rounded(x: Floats) -> tuple[npt.NDArray[np.int16], Floats]:
 
 
 @numba.njit(fastmath=True, error_model="numpy", cache=True, nogil=True)
-def _task(rows: Any, steps: Floats, w: Matrix, out: Floats, channel: int, first: int, last: int) -> None:
-    """The outputs from `channel` on, of the rows from `first` to `last`."""
+def _task(
+    rows: Any, steps: Floats, w: Matrix, out: Floats, channel: int, channels: int, first: int, last: int
+) -> None:
+    """So many outputs from `channel` on, of the rows from `first` to `last`."""
     wide_vectors()
     inner = rows.shape[1] // (2 if w.blocks.itemsize == 1 else 1)
-    width = min(CHANNELS, out.shape[1] - channel)
+    width = min(channels, out.shape[1] - channel)
     base = channel * rows.shape[1]
     flat = rows.reshape(rows.size)
     stride = rows.shape[1]
@@ -273,7 +279,9 @@ def _task(rows: Any, steps: Floats, w: Matrix, out: Floats, channel: int, first:
     while r < last:
         left = last - r
         count = 4 if 6 < left < 9 else min(left, MOST_ROWS)  # 4 and 4 rows take less time than 6 and 2
-        if count == 6:
+        if channels > CHANNELS:
+            _sums_alone(w.blocks, base, ahead, pace, flat, r * stride, stride, inner, sums)
+        elif count == 6:
             _sums_6(w.blocks, base, ahead, pace, flat, r * stride, stride, inner, sums)
         elif count == 5:
             _sums_5(w.blocks, base, ahead, pace, flat, r * stride, stride, inner, sums)
@@ -288,7 +296,7 @@ def _task(rows: Any, steps: Floats, w: Matrix, out: Floats, channel: int, first:
         ahead += whole // groups
         for j in range(count):
             y = out[r + j, channel : channel + width]
-            made = sums[j * CHANNELS : j * CHANNELS + width]
+            made = sums[j * channels : j * channels + width]
             if w.scale.size > 0:
                 step, scale = steps[r + j], w.scale[channel : channel + width]
                 for c in range(width):
@@ -306,8 +314,9 @@ def _task(rows: Any, steps: Floats, w: Matrix, out: Floats, channel: int, first:
 def project_alone(x: Floats, w: Matrix, out: Floats) -> None:
     """`project` on the calling thread."""
     rows, steps = _rounded(x, w.blocks)
-    for channel in range(0, out.shape[1], CHANNELS):
-        _task(rows, steps, w, out, channel, 0, x.shape[0])
+    channels = ALONE if x.shape[0] == 1 else CHANNELS
+    for channel in range(0, out.shape[1], channels):
+        _task(rows, steps, w, out, channel, channels, 0, x.shape[0])
 
 
 @numba.njit(parallel=True, fastmath=True, error_model="numpy", cache=True, nogil=True)
@@ -319,7 +328,8 @@ def project(
     """out = x w^T + bias, by all threads."""
     T, N = out.shape
     rows, steps = _rounded(x, w.blocks)
-    parts = (N + CHANNELS - 1) // CHANNELS
+    channels = ALONE if T == 1 else CHANNELS
+    parts = (N + channels - 1) // channels
     for task in numba.prange(parts * ((T + TOKENS - 1) // TOKENS)):
         first = task // parts * TOKENS
-        _task(rows, steps, w, out, task % parts * CHANNELS, first, min(T, first + TOKENS))
+        _task(rows, steps, w, out, task % parts * channels, channels, first, min(T, first + TOKENS))

@@ -14,7 +14,8 @@ from kernels.pool import FlatPool
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-CHANNELS = 256  # of one task
+CHANNELS = 256  # of one task, where there are few rows to share
+MANY, LONG = 8, 2048  # of so many rows a task takes more: long runs of a state are read at twice the speed
 
 
 @numba.njit(parallel=True, fastmath=True, error_model="numpy", cache=True, nogil=True)
@@ -33,16 +34,17 @@ def selective_step_numba(
     out: Floats,  # [T, C]
 ) -> None:
     N, channels = A.shape
-    blocks = (channels + CHANNELS - 1) // CHANNELS
+    share = CHANNELS if slots.shape[0] < MANY else LONG
+    blocks = (channels + share - 1) // share
     data = pool.data  # before the loop: numba takes a write through a member of a tuple for dead
     for task in numba.prange(slots.shape[0] * blocks):
         wide_vectors()
         s, block = task // blocks, task % blocks
-        first, last = block * CHANNELS, min(channels, (block + 1) * CHANNELS)
+        first, last = block * share, min(channels, (block + 1) * share)
         width = last - first
         base = pool.offset + slots[s] * pool.slot_stride + depths[s] * pool.depth_stride
-        scratch = np.empty(2 * CHANNELS, np.float32)
-        rate, write = scratch[:CHANNELS], scratch[CHANNELS:]
+        scratch = np.empty(2 * width, np.float32)
+        rate, write = scratch[:width], scratch[width:]
         for t in range(offsets[s], offsets[s + 1]):
             x_t, dt_t, y = x[t, first:last], dt[t, first:last], out[t, first:last]
             for c in range(width):

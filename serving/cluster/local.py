@@ -43,6 +43,8 @@ def running(config: ServeConfig, stop: threading.Event | None = None) -> Iterato
         os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"] = "1"
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    # Ray's workers step back behind everything else on a machine; serving is what this one is for.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # An engine's idle threads must not take the processor from the proxy and the gateway.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Between proxy and gateway gRPC costs half of what Ray's object references do: every message is one.

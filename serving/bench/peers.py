@@ -25,8 +25,14 @@ Clock = Callable[[], float]
 SHAPE: dict[str, Any] = {"vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 24, "state_size": 16}
 """Of Mamba-130M."""
 
-WAYS = (("float32", "auto"), ("float32", "int8"), ("bfloat16", "auto"))
-"""How Fathom may hold a float32 checkpoint: type, weights. The last only where the processor multiplies bfloat16."""
+WAYS = {
+    "": ("float32", "float32", "auto"),
+    "int8_": ("float32", "float32", "int8"),
+    "stored16_": ("bfloat16", "float32", "auto"),
+    "bfloat16_": ("float32", "bfloat16", "auto"),
+}
+"""By the beginning of their fields: the checkpoint's type, Fathom's, its weights. The last only where the processor
+multiplies bfloat16; the third computes what transformers does in float32, from weights of which bfloat16 holds all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,34 +119,39 @@ def run(
     rounds, so that a machine with other work does both the same wrong.
 
     `ratio` is that of the float32 model as it is against transformers' quicker type; `int8_ratio` that with weights
-    of eight bits. With `processor_time` one thread works, and its time on the processor is what counts: on a machine
-    that others keep busy nothing else can be compared. Raises ServeConfigError where transformers is not installed.
+    of eight bits; `stored16_ratio` that of the checkpoint once more, rounded to bfloat16. With `processor_time` one
+    thread works, and its time on the processor is what counts: on a machine that others keep busy nothing else can be
+    compared. Raises ServeConfigError where transformers is not installed.
     """
     clock = time.thread_time if processor_time else time.perf_counter
     threads = use_threads(1 if processor_time else threads)
     with tempfile.TemporaryDirectory() as folder:
-        publish(Path(folder), shape or SHAPE)
+        folders = {kind: Path(folder, kind) for kind in ("float32", "bfloat16")}
+        publish(folders, shape or SHAPE)
         native = torch.cpu._is_avx512_bf16_supported()
         types = (torch.float32, torch.bfloat16) if native else (torch.float32,)
-        theirs = [Theirs(Path(folder), dtype, clock) for dtype in types]
+        theirs = [Theirs(folders["float32"], dtype, clock) for dtype in types]
+        rounded = Theirs(folders["bfloat16"], torch.float32, clock)
         ours = {
-            way: Ours(load(folder, way[0], "cpu", weights=way[1]), max(batches), threads, clock)
-            for way in WAYS
-            if native or way[0] != "bfloat16"
+            way: Ours(load(folders[kind], dtype, "cpu", weights=weights), max(batches), threads, clock)
+            for way, (kind, dtype, weights) in WAYS.items()
+            if native or dtype != "bfloat16"
         }
-        rows = [row(batch, theirs, ours, tokens, rounds) for batch in batches]
-    _show(rows, threads, min(o.bytes for o in ours.values()), max(o.bytes for o in ours.values()))
+        rows = [row(batch, theirs, rounded, ours, tokens, rounds) for batch in batches]
+    _show(rows, threads, {way: engine.bytes for way, engine in ours.items()})
 
 
 def row(
-    batch: int, theirs: Sequence[Theirs], ours: dict[tuple[str, str], Ours], tokens: int, rounds: int
+    batch: int, theirs: Sequence[Theirs], rounded: Theirs, ours: dict[str, Ours], tokens: int, rounds: int
 ) -> dict[str, Any]:
+    """`rounded` is transformers on the checkpoint in bfloat16: it takes as long as the first of `theirs`, and is asked
+    for its tokens only."""
     generator = torch.Generator().manual_seed(batch)
     vocabulary = next(iter(ours.values())).llm.loaded.model.vocab_size
     prompts = torch.randint(vocabulary, (batch, 8), generator=generator).tolist()
     their_runs: list[list[Run]] = []
-    our_runs: dict[tuple[str, str], list[Run]] = {way: [] for way in ours}
-    limits: dict[tuple[str, str], list[float]] = {way: [] for way in ours}
+    our_runs: dict[str, list[Run]] = {way: [] for way in ours}
+    limits: dict[str, list[float]] = {way: [] for way in ours}
     for _ in range(rounds):
         their_runs.append([engine.run(prompts, tokens) for engine in theirs])
         for way, engine in ours.items():
@@ -148,25 +159,25 @@ def row(
             limits[way].append(read_seconds(engine.bytes, torch.device("cpu"), engine.clock))
     best = [min(r.step for r in runs) for runs in their_runs]
     result: dict[str, Any] = {"batch": batch}
-    exact = ("float32", "auto")
-    for way, runs in our_runs.items():
-        name = "" if way == exact else "int8_" if way[1] == "int8" else f"{way[0]}_"
+    for name, runs in our_runs.items():
         ratio = statistics.median(b / r.step for b, r in zip(best, runs, strict=True))
-        share = statistics.median(a / r.step for a, r in zip(limits[way], runs, strict=True))
+        share = statistics.median(a / r.step for a, r in zip(limits[name], runs, strict=True))
         result[f"{name}ratio"], result[f"{name}share_of_limit"] = round(ratio, 3), round(share, 4)
         result[f"{name}ms"] = round(1e3 * statistics.median(r.step for r in runs), 2)
     result["transformers_ms"] = round(1e3 * statistics.median(best), 2)
     reference = their_runs[0][0].tokens
-    result["equal_tokens"] = all(r.tokens == reference for r in our_runs[exact])
-    eight = our_runs["float32", "int8"][0].tokens
+    result["equal_tokens"] = all(r.tokens == reference for r in our_runs[""])
+    reference16 = rounded.run(prompts, tokens).tokens
+    result["stored16_equal_tokens"] = all(r.tokens == reference16 for r in our_runs["stored16_"])
+    eight = our_runs["int8_"][0].tokens
     pairs = [(a, b) for x, y in zip(reference, eight, strict=True) for a, b in zip(x, y, strict=True)]
     result["int8_equal_tokens"] = round(sum(a == b for a, b in pairs) / len(pairs), 3)
     return result
 
 
-def publish(folder: Path, shape: dict[str, Any]) -> None:
-    """Random weights, written by transformers itself. Embeddings are small enough that the layers decide what comes
-    next, and not the last token alone."""
+def publish(folders: dict[str, Path], shape: dict[str, Any]) -> None:
+    """Random weights, written by transformers itself in both types. Embeddings are small enough that the layers decide
+    what comes next, and not the last token alone."""
     try:
         import transformers
     except ImportError:
@@ -177,7 +188,9 @@ def publish(folder: Path, shape: dict[str, Any]) -> None:
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     config = transformers.MambaConfig(**shape, initializer_range=0.02)
-    transformers.MambaForCausalLM(config).save_pretrained(folder)
+    model = transformers.MambaForCausalLM(config)
+    model.save_pretrained(folders["float32"])
+    model.bfloat16().save_pretrained(folders["bfloat16"])
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -197,31 +210,25 @@ def _median_gap(times: list[float]) -> float:
     return statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
-def _show(rows: list[dict[str, Any]], threads: int, least: int, most: int) -> None:
+def _show(rows: list[dict[str, Any]], threads: int, nbytes: dict[str, int]) -> None:
+    ways = {"": "float32", "stored16_": "bfloat16 checkpoint", "int8_": "int8"}
+    held = ", ".join(f"{name} {nbytes[way] / 1e6:.0f} MB" for way, name in ways.items())
+    columns = [f"{name} ms (ratio, of the limit)" for name in ways.values()]
+
+    def cells(r: dict[str, Any]) -> list[str]:
+        return [
+            f"{r[way + 'ms']:.1f} ({r[way + 'ratio']:.2f}, {r[way + 'share_of_limit']:.0%})" for way in ways
+        ]
+
     report(
-        f"Mamba-130M: {most / 1e6:.0f} MB of weights, int8 {least / 1e6:.0f} MB, {threads} threads",
-        (
-            "batch",
-            "transformers ms",
-            "float32 ms",
-            "ratio",
-            "of the limit",
-            "same tokens",
-            "int8 ms",
-            "ratio",
-            "of the limit",
-        ),
+        f"Mamba-130M, {threads} threads; weights: {held}",
+        ("batch", "transformers ms", *columns, "same tokens"),
         (
             (
                 str(r["batch"]),
                 f"{r['transformers_ms']:.1f}",
-                f"{r['ms']:.1f}",
-                f"{r['ratio']:.2f}",
-                f"{r['share_of_limit']:.1%}",
-                "yes" if r["equal_tokens"] else "NO",
-                f"{r['int8_ms']:.1f}",
-                f"{r['int8_ratio']:.2f}",
-                f"{r['int8_share_of_limit']:.1%}",
+                *cells(r),
+                "yes" if r["equal_tokens"] and r["stored16_equal_tokens"] else "NO",
             )
             for r in rows
         ),

@@ -16,5 +16,5 @@ def test_the_same_tokens_and_a_row_for_each_batch(capsys: pytest.CaptureFixture[
     assert result["bench"] == "peers"
     assert [row["batch"] for row in result["rows"]] == [1, 5]
     for row in result["rows"]:
-        assert row["equal_tokens"]
+        assert row["equal_tokens"] and row["stored16_equal_tokens"]
         assert row["ratio"] > 0 and row["share_of_limit"] > 0

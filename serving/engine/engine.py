@@ -86,8 +86,9 @@ class Engine:
     def load(self) -> Load:
         return self.scheduler.load()
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises InvalidArgumentError, naming the field, or OverloadedError."""
+    def submit(self, request: Request) -> Request | None:
+        """Queue a request; returns one that waited and had to make room for it. Raises InvalidArgumentError, naming the
+        field, or OverloadedError."""
         if not request.prompt:
             raise InvalidArgumentError("prompt", "", "must hold at least one token")
         limit = self.max_tokens - (not request.reads_only)
@@ -106,7 +107,7 @@ class Engine:
         request.policy = self.runner.default_depth if asked is None else asked.over(self.runner.default_depth)
         if self.draining:
             raise UnavailableError("this replica is about to end")
-        self.scheduler.submit(request, self.runner.path(request.policy))
+        return self.scheduler.submit(request, self.runner.path(request.policy))
 
     def prepare(self, request: Request) -> None:
         """What of `submit` takes long, and may be done before it by any thread: compile the request's grammar,

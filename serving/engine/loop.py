@@ -8,7 +8,7 @@ from collections.abc import Callable
 from serving.engine.core import Request
 from serving.engine.engine import Engine
 from serving.engine.news import Failed, News
-from serving.errors import RequestError
+from serving.errors import OverloadedError, RequestError
 
 log = logging.getLogger("fathom.engine")
 
@@ -41,10 +41,12 @@ class EngineLoop:
 
         def command() -> News:
             try:
-                self.engine.submit(request)
+                displaced = self.engine.submit(request)
             except RequestError as error:
                 return [Failed(request.id, error)]
-            return []
+            if displaced is None:
+                return []
+            return [Failed(displaced.id, OverloadedError("the queue is full, and others have less in it"))]
 
         self._send(command)
 

@@ -79,8 +79,9 @@ class Scheduler:
         self._deadlines: list[tuple[float, str]] = []
         self.chooser = StageChooser(first_stage, final_stages)
 
-    def submit(self, request: Request, path: Path) -> None:
-        """Queue a request, whose tokens will take this path. Raises InvalidArgumentError or OverloadedError."""
+    def submit(self, request: Request, path: Path) -> Request | None:
+        """Queue a request, whose tokens will take this path; returns one that had to make room for it. Raises
+        InvalidArgumentError or OverloadedError."""
         if request.id in self.requests:
             raise InvalidArgumentError("request_id", request.id, "is already running")
         needed = request.params.n * path.slots
@@ -92,15 +93,20 @@ class Scheduler:
             given = f"{len(request.prompt)} tokens and max_tokens = {request.params.max_tokens}"
             limit = f"need room for {tokens} tokens, this model has it for {self.budget.capacity}"
             raise InvalidArgumentError("prompt", given, limit)
+        displaced = None
         full = self._waiting.full and (self._waiting or self.slots.available < needed)
         if full and request.priority <= MAX_PRIORITY:  # above are those that had their place elsewhere
             self._waiting.refused()
-            raise OverloadedError(f"the queue is full: {len(self._waiting)} requests are waiting")
+            displaced = self._waiting.make_room(request)
+            if displaced is None:
+                raise OverloadedError(f"the queue is full: {len(self._waiting)} requests are waiting")
+            del self.requests[displaced.id]
         request.arrival = self._clock()
         self.requests[request.id] = request
         self._waiting.push(request, path)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.id))
+        return displaced
 
     def reserved(self, request: Request, path: Path) -> int:
         """Entries of growing state that one continuation may come to hold, to whole pages."""

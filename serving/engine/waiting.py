@@ -3,6 +3,7 @@
 import heapq
 import itertools
 import sys
+from collections import Counter
 from typing import NamedTuple
 
 from models.paths import Path
@@ -87,6 +88,22 @@ class WaitingQueue:
         if not self._hurried or first.request.priority > MAX_PRIORITY:  # those had their place elsewhere
             return first
         return max(place for place in self._heap if _alike(place, first))
+
+    def make_room(self, request: Request) -> Request | None:
+        """Takes the last place from the owner who has most of them, two more than the owner of `request` at least, and
+        returns who had it: a full queue is shared fairly, too. None where nobody has, at this priority or below."""
+        counts = Counter(place.request.owner for place in self._heap)
+        owner, most = max(counts.items(), key=lambda item: (item[1], item[0]), default=("", 0))
+        theirs = [
+            p for p in self._heap if p.request.owner == owner and p.request.priority <= request.priority
+        ]
+        if most < counts[request.owner] + 2 or not theirs:
+            return None
+        last = max(theirs)
+        self.withdraw(last.request)
+        if self._ends.get(owner, 0.0) > last.start:
+            self._ends[owner] = last.start  # for work that will not be done nobody is to wait
+        return last.request
 
     def oldest(self) -> float | None:
         """When the one who waits longest arrived."""

@@ -5,6 +5,7 @@ import hashlib
 import secrets
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -111,6 +112,7 @@ class Requests:
         self._spec = spec
         self._listeners = tuple(listeners)
         self._open = 0
+        self._open_of: Counter[str] = Counter()  # by caller
 
     async def generate(self, ask: Ask) -> AsyncGenerator[Piece]:
         """Pieces of the continuations as they come. Closing the iterator cancels the request.
@@ -207,7 +209,8 @@ class Requests:
         caller = self.keys.authenticate(ask.credential)
         model = self.fleet.resolve(ask.model)
         caller.check(model)
-        self.fleet.check_room(model)
+        if self._open_of[caller.name] * len(self._open_of) >= self._open:
+            self.fleet.check_room(model)  # who has less than the others may take a place of theirs
         return caller
 
     def _check_room(self) -> None:
@@ -297,10 +300,13 @@ class Requests:
         journey.start(self.fleet.pick(model))
         record.sent = time.time_ns()
         self._open += 1
+        self._open_of[request.owner] += 1
         try:
             yield journey
         finally:
             self._open -= 1
+            self._open_of[request.owner] -= 1
+            self._open_of += Counter()  # without those who have none
             record.replica = journey.replica
             record.usage, record.finish_reason = journey.usage, journey.finish_reason
             journey.end()

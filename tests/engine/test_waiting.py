@@ -96,3 +96,32 @@ def test_a_request_is_withdrawn() -> None:
     queue.push(other, plain())
     queue.withdraw(wanted)
     assert queue.first()[0] is other and len(queue) == 1
+
+
+def test_a_full_queue_is_shared_fairly() -> None:
+    queue = WaitingQueue(4)
+    for number in range(4):
+        queue.push(request("a", number), plain())
+    assert queue.make_room(request("a", 4)) is None  # one's own places are not for taking
+    assert queue.make_room(request("b", 0, priority=-1)) is None  # nor those of a higher priority
+    made = []
+    for number in range(2):
+        newcomer = request("b", number)
+        made.append(queue.make_room(newcomer))
+        queue.push(newcomer, plain())
+    assert [loser.id for loser in made if loser] == ["a3", "a2"]
+    assert queue.make_room(request("b", 2)) is None  # both have two
+    assert [queue.take()[0].id for _ in range(4)] == ["a0", "b0", "a1", "b1"]
+
+
+def test_who_lost_a_place_does_not_wait_for_work_that_was_not_done() -> None:
+    queue = WaitingQueue(3)
+    for number in range(3):
+        queue.push(request("a", number, tokens=1000), plain())
+    assert queue.make_room(request("b", 0)) is not None
+    queue.push(request("b", 0), plain())
+    assert queue.take()[0].id == "a0"
+    queue.push(request("a", 3, tokens=1000), plain())
+    queue.push(request("b", 1, tokens=2500), plain())
+    queue.push(request("b", 2), plain())
+    assert [queue.take()[0].id for _ in range(5)] == ["b0", "b1", "a1", "a3", "b2"]

@@ -32,7 +32,7 @@ def test_padded_rows_change_nothing_for_the_others(tmp_path: Path) -> None:
         out = [model.run(stage, rows, padded, pool.layers)[:3] for stage in (0, 1)]
         made.append((*out, pool.arena[1:]))
     for whole, alone in zip(*made, strict=True):
-        torch.testing.assert_close(whole, alone, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(whole, alone, rtol=1e-5, atol=1e-5)  # BLAS adds up in another order
 
 
 def test_only_decoding_batches_on_a_device_are_replayed() -> None:

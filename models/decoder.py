@@ -286,13 +286,18 @@ class Decoder(nn.Module):
         """Floating-point operations of a token on a path (the model's own), as far as it goes, or to a depth between
         its ends. Multiply-adds count as two; the embedding lookup is free."""
         path = path or self.path()
-        costs = [self._stage_flops(node.stage) for node in path.nodes]
-        outside = sum(cost for node, cost in zip(path.nodes, costs, strict=True) if not node.units)
-        depths, spent = [0.0], [0.0]
-        for node, cost in zip(path.nodes, costs, strict=True):
+        outside, between, depths, spent = 0.0, 0.0, [0.0], [0.0]
+        for node in path.nodes:
+            cost = self._stage_flops(node.stage)
             if node.units:
                 depths.append(float(node.units))
-                spent.append(spent[-1] + cost)
+                spent.append(spent[-1] + between + cost)
+                between = 0.0
+            elif len(depths) == 1:  # every token comes through here
+                outside += cost
+            else:  # a part of the next depth; or, after the last one, of every token's way
+                between += cost
+        outside += between
         return outside + float(np.interp(path.full_depth if units is None else units, depths, spent))
 
     def _stage_flops(self, stage: int) -> float:

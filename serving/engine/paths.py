@@ -43,8 +43,8 @@ class PathTable:
         """Share of heads and hidden units of each of these paths."""
         return self._widths[paths]
 
-    def look(self, column: str, paths: Ints, nodes: Ints) -> Ints:
-        """A column's values at these nodes of these paths."""
+    def look(self, column: str, paths: Ints | int, nodes: Ints | int) -> Ints:
+        """A column's values at these nodes of these paths: of COLUMNS, or `leads_to`."""
         return self._columns[column][paths, nodes]
 
     def _fill(self) -> None:
@@ -55,3 +55,13 @@ class PathTable:
             for number, path in enumerate(self._paths):
                 column[number, : len(path.nodes)] = [getattr(node, name) for node in path.nodes]
             self._columns[name] = column
+        self._columns["leads_to"] = _leads_to(self._columns["units"])
+
+
+def _leads_to(units: Ints) -> Ints:
+    """The depth at the next node that adds one, this one or one after it; 0 behind the last."""
+    found = np.zeros_like(units)
+    for node in reversed(range(units.shape[1])):
+        further = found[:, node + 1] if node + 1 < units.shape[1] else 0
+        found[:, node] = np.where(units[:, node] > 0, units[:, node], further)
+    return found

@@ -216,8 +216,8 @@ class Scheduler:
         if leave.any():
             chunk.meet = int(exit_to[leave][0])
             chunk.active = chunk.active[~leave]
-        path = self.paths[chunk.sequence.path]
-        deeper = path.nodes[chunk.node + 1].units <= self.rows.reach[chunk.sequence.slot]
+        leads_to = self.paths.look("leads_to", chunk.sequence.path, chunk.node + 1)
+        deeper = leads_to <= self.rows.reach[chunk.sequence.slot]
         chunk.fills = self._fills and bool(deeper)
         chunk.node = chunk.node + 1 if len(chunk.active) or chunk.fills else chunk.meet
         if chunk.node == chunk.meet:
@@ -232,7 +232,7 @@ class Scheduler:
         for further in range(1, int((exit_to - nodes).max(initial=0))):
             there = nodes + further < exit_to
             at = slots[there], paths[there], nodes[there] + further
-            seen = self.paths.look("units", *at[1:]) <= self.rows.reach[at[0]]
+            seen = self.paths.look("leads_to", *at[1:]) <= self.rows.reach[at[0]]
             stages, depths = (self.paths.look(column, *at[1:]) for column in ("stage", "depth"))
             for stage in np.unique(stages[seen]).tolist():
                 chosen = seen & (stages == stage)

@@ -79,9 +79,12 @@ def generate(
     request = pb.GenerateRequest(
         model=model, text=text, sampling=sampling, timeout_s=timeout, session_id=session
     )
+    policy = DepthPolicy() if depth is None else DepthPolicy.parse(depth)
     if depth is not None:
-        request.depth.CopyFrom(client.policy(DepthPolicy.parse(depth)))
+        request.depth.CopyFrom(client.policy(policy))
     with client.connected(target) as channel:
+        # Of a chain the depth is its own number of layers.
+        deepest = len(policy.layers) or (client.deepest(channel, model) if show_depth else 1)
         for number, message in enumerate(client.generate(channel, request)):
             if as_json:
                 typer.echo(json.dumps(client.as_dict(message), ensure_ascii=False))
@@ -89,7 +92,7 @@ def generate(
             if number == 0:
                 typer.secho(text, nl=False, dim=True)
             if show_depth:
-                client.coloured(message)
+                client.coloured(message, deepest)
             else:
                 typer.echo(message.text, nl=False)
         if not as_json:

@@ -140,11 +140,21 @@ SHADES = (27, 33, 39, 45, 49, 83, 154, 190, 220, 214, 208, 202, 196)
 """Of the terminal's 256 colours, from shallow to deep."""
 
 
-def coloured(message: pb.GenerateResponse) -> None:
+def shade(depth: int, deepest: int) -> int:
+    """The colour of a depth, where the whole range of colours stands for depths from 1 to the deepest."""
+    share = (min(depth, deepest) - 1) / (deepest - 1) if deepest > 1 and depth > 1 else 0.0
+    return SHADES[round(share * (len(SHADES) - 1))]
+
+
+def deepest(channel: grpc.Channel, model: str) -> int:
+    """The full depth of a model; without a name, of the deepest that is served."""
+    return max((m.max_depth for m in models(channel) if model in ("", m.name)), default=1)
+
+
+def coloured(message: pb.GenerateResponse, deepest: int) -> None:
     """Print the text of a message, each token in the colour of its depth."""
     at = 0
     for length, depth in zip(message.text_lengths, message.depths, strict=True):
-        shade = SHADES[min(depth, len(SHADES)) - 1] if depth else SHADES[0]
-        typer.secho(message.text[at : at + length], nl=False, fg=shade)
+        typer.secho(message.text[at : at + length], nl=False, fg=shade(depth, deepest))
         at += length
     typer.echo(message.text[at:], nl=False)

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from serving.client import SHADES
+from serving.client import shade
 from serving.errors import InvalidArgumentError, UnavailableError
 from serving.gateway.stats import ReplicaStats, Stats, Times, read
 
@@ -93,7 +93,7 @@ def _cells(now: ReplicaStats, then: ReplicaStats, seconds: float) -> list[Text]:
         Text(f"{ended:,.1f}"),
         _times(now.first_token.since(then.first_token)),
         _times(now.between_tokens.since(then.between_tokens)),
-        _depths(_more(now.by_depth, then.by_depth)),
+        _depths(_more(now.by_depth, then.by_depth), max(map(int, now.by_depth), default=1)),
     ]
 
 
@@ -123,8 +123,8 @@ def _more(now: dict[str, float], then: dict[str, float]) -> dict[int, float]:
     }
 
 
-def _depths(counts: dict[int, float]) -> Text:
-    """A bar for each depth from 1 to the deepest of these tokens, and the mean."""
+def _depths(counts: dict[int, float], deepest: int) -> Text:
+    """A bar for each depth from 1 to the deepest of these tokens, and the mean; coloured by the deepest ever seen."""
     total = sum(counts.values())
     if not total:
         return Text("-", style="dim")
@@ -132,7 +132,7 @@ def _depths(counts: dict[int, float]) -> Text:
     text = Text()
     for depth in range(1, max(counts) + 1):
         block = BLOCKS[ceil(8 * counts.get(depth, 0) / most)]
-        text.append(block, style=f"color({SHADES[min(depth, len(SHADES)) - 1]})")
+        text.append(block, style=f"color({shade(depth, deepest)})")
     mean = sum(depth * count for depth, count in counts.items()) / total
     text.append(f" {mean:.2f}")
     return text

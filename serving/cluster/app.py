@@ -128,7 +128,7 @@ class DirectGateway(GatewayDeployment):
 
         super().__init__(args)
         assert args.ports is not None
-        grpc_door, http_door = GrpcDoor(self.rpc, args.spec), HttpDoor(self._app())
+        grpc_door, http_door = GrpcDoor(self.rpc, args.spec), HttpDoor(self._app(), args.spec)
         self._doors = grpc_door, http_door
         await grpc_door.open(any_address(), args.ports.grpc)
         await http_door.open(any_address(), args.ports.http)

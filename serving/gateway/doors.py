@@ -5,6 +5,7 @@ one that has died.
 """
 
 import asyncio
+import resource
 import socket
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -20,11 +21,21 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
 from serving.config import GatewaySpec
+from serving.gateway.connection import connection
 from serving.gateway.rpc import Rpc, StreamEndedError
 from serving.gateway.services import Call, add_services, services
 
 KEEPALIVE_MS = 20_000
 """After so long without a word the client is asked for a sign of life: one that vanished holds no slot."""
+
+
+HANDSHAKE_MS = 20_000
+"""In which a connection has to turn out to be HTTP/2."""
+
+
+def most_connections() -> int:
+    """That one door holds at a time, so that files and streams to replicas can be opened still."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 8
 
 
 class GrpcDoor:
@@ -41,6 +52,8 @@ class GrpcDoor:
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+                ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+                ("grpc.max_allowed_incoming_connections", most_connections()),
             ]
         )
         add_services(_Servicer(rpc, spec.reader_patience_s), self._server)
@@ -135,9 +148,11 @@ class _Patience:
 class HttpDoor:
     """An HTTP server for the gateway's application."""
 
-    def __init__(self, app: ASGIApp):
+    def __init__(self, app: ASGIApp, spec: GatewaySpec):
         config = uvicorn.Config(
             _with_request_id(app),
+            http=connection(spec, most_connections()),
+            ws="none",
             log_level="error",
             lifespan="off",
             server_header=False,

@@ -12,6 +12,7 @@ from serving.engine.news import Output
 from serving.errors import InvalidArgumentError, RequestError
 from serving.gateway import convert
 from serving.gateway.fleet import Fleet
+from serving.gateway.keys import credential_of
 from serving.gateway.merge import merged
 from serving.gateway.metrics import GatewayMetrics
 from serving.gateway.oip_convert import (
@@ -79,7 +80,9 @@ class Oip:
     async def _model_metadata(self, body: bytes, metadata: Metadata) -> Message:
         request = convert.parse(wire.ModelMetadataRequest, body)
         check_version(request.version)
+        caller = self._requests.keys.authenticate(credential_of(metadata))
         name = self._fleet.resolve(request.name)
+        caller.check(name)
         self._fleet.describe(name)
         response = wire.ModelMetadataResponse(name=name, versions=[VERSION], platform="fathom")
         for tensor, datatype, shape in INPUTS:
@@ -94,8 +97,9 @@ class Oip:
             raise InvalidArgumentError(
                 "repository_name", request.repository_name, "there is only one, without a name"
             )
+        caller = self._requests.keys.authenticate(credential_of(metadata))
         response = wire.RepositoryIndexResponse()
-        for name in self._fleet.models:
+        for name in filter(caller.may_use, self._fleet.models):
             ready = bool(self._fleet.replicas(name))
             if ready or not request.ready:
                 state, reason = (

@@ -121,6 +121,7 @@ class OpenAi:
         return await self._complete(request, chat_from(body, prompt, headers), headers)
 
     async def _complete(self, request: Request, work: Work, headers: Headers) -> Response:
+        self._requests.keys.authenticate(headers.credential)  # before any model is named
         model = self._fleet.resolve(work.body.model)
         tokenizer = self._fleet.describe(model)[1][0].tokenizer
         answers = Answers(work, model, headers.request_id, tokenizer)

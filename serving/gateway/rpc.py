@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Protocol
 
 import grpc
@@ -25,6 +26,8 @@ from serving.gateway.sessions_rpc import SessionsRpc
 from serving.gateway.status import status_of
 
 log = logging.getLogger("fathom.gateway")
+
+MAX_DETAILS = 2000  # bytes of a status' text
 
 
 class Context(Protocol):
@@ -62,6 +65,8 @@ class Rpc:
             ("grpc.health.v1.Health", "Watch"): self._watch,
         }
         self._exchanges = oip.exchanges
+        self._most = spec.max_streams
+        self._held: Counter[str] = Counter()  # streams that carry no request yet, or never, by method
 
     async def unary(self, call: Call, context: Context) -> Message:
         """Answer an RPC with one response. After an error the message is empty, and the context has the status."""
@@ -102,12 +107,26 @@ class Rpc:
                 yield call.body
 
         try:
-            async with aclosing(self._exchanges[service, method](bodies(), _metadata(context))) as answers:
-                async for answer in answers:
-                    yield answer
+            with self._hold(method):
+                async with aclosing(
+                    self._exchanges[service, method](bodies(), _metadata(context))
+                ) as answers:
+                    async for answer in answers:
+                        yield answer
         except Exception as error:  # the requests of a stream that is cancelled are counted one by one
             self._fail(Call(service, method, b""), error, context)
             raise StreamEndedError(str(error)) from None
+
+    @contextmanager
+    def _hold(self, method: str) -> Iterator[None]:
+        """A stream that its client may leave open for ever. Raises OverloadedError where there are too many."""
+        if self._held[method] >= self._most:
+            raise OverloadedError(f"this gateway carries {self._most} streams of {method}, and no more")
+        self._held[method] += 1
+        try:
+            yield
+        finally:
+            self._held[method] -= 1
 
     def _bound(self, call: Call) -> None:
         if len(call.body) > self._max_bytes:
@@ -123,7 +142,7 @@ class Rpc:
         if code is grpc.StatusCode.INTERNAL:
             log.error("%s/%s failed", call.service, call.method, exc_info=error)
         context.set_code(code)
-        context.set_details(str(error) or type(error).__name__)
+        context.set_details(_bounded(str(error) or type(error).__name__))
         self._metrics.ended(call.method, code.name)
 
     async def _generate(self, body: bytes, metadata: Metadata) -> AsyncGenerator[Message]:
@@ -144,8 +163,10 @@ class Rpc:
         return models_pb2.ListModelsResponse(models=[self._model(name) for name in ready])
 
     async def _get(self, body: bytes, metadata: Metadata) -> Message:
-        name = self._fleet.resolve(convert.parse(models_pb2.GetModelRequest, body).name)
-        self._requests.keys.authenticate(credential_of(metadata)).check(name)
+        request = convert.parse(models_pb2.GetModelRequest, body)
+        caller = self._requests.keys.authenticate(credential_of(metadata))  # before any model is named
+        name = self._fleet.resolve(request.name)
+        caller.check(name)
         return self._model(name)
 
     def _model(self, name: str) -> models_pb2.Model:
@@ -164,17 +185,20 @@ class Rpc:
     async def _watch(self, body: bytes, metadata: Metadata) -> AsyncGenerator[Message]:
         service = convert.parse(health_pb2.HealthCheckRequest, body).service
         last = None
-        while True:
-            try:
-                now = self._health(service)
-            except (
-                NotFoundError
-            ):  # by the health protocol, a watcher waits for a service that is not known yet
-                now = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-            if last is None or now.status != last.status:
-                yield now
-                last = now
-            await self._fleet.changed()
+        with self._hold("Watch"):
+            while True:
+                now = self._watched(service)
+                if last is None or now.status != last.status:
+                    yield now
+                    last = now
+                await self._fleet.changed()
+
+    def _watched(self, service: str) -> health_pb2.HealthCheckResponse:
+        """By the health protocol, a watcher waits for a service that is not known yet."""
+        try:
+            return self._health(service)
+        except NotFoundError:
+            return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
 
     def _health(self, service: str) -> health_pb2.HealthCheckResponse:
         """ "" is alive when it answers; a service is ready when every model has a replica."""
@@ -186,6 +210,13 @@ class Rpc:
             health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         )
         return health_pb2.HealthCheckResponse(status=state)
+
+
+def _bounded(details: str) -> str:
+    """As much as fits a status: a client takes 8 KiB of metadata, and gRPC writes up to three bytes for each of
+    UTF-8; of what is longer, it would not even see the code."""
+    data = details.encode("utf-8", "replace")
+    return details if len(data) <= MAX_DETAILS else data[: MAX_DETAILS - 3].decode("utf-8", "ignore") + "..."
 
 
 def _metadata(context: Context) -> dict[str, str]:

@@ -34,9 +34,9 @@ async def grpc_port(rpc: Rpc, **spec: Any) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def http_port(app: FastAPI) -> AsyncIterator[str]:
+async def http_port(app: FastAPI, **spec: Any) -> AsyncIterator[str]:
     """Its address, http://host:port."""
-    door = HttpDoor(app)
+    door = HttpDoor(app, GatewaySpec(**spec))
     port = await door.open("127.0.0.1", 0)
     try:
         yield f"http://127.0.0.1:{port}"

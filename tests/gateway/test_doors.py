@@ -52,7 +52,7 @@ async def test_several_gateways_share_a_port_and_one_may_go(tmp_path: Path) -> N
         port = await doors[0].open("127.0.0.1", 0)
         assert await doors[1].open("127.0.0.1", port) == port
         app = make_app(h.requests, h.fleet, GatewaySpec(), h.metrics)
-        pages = [HttpDoor(app), HttpDoor(app)]
+        pages = [HttpDoor(app, GatewaySpec()), HttpDoor(app, GatewaySpec())]
         page = await pages[0].open("127.0.0.1", 0)
         assert await pages[1].open("127.0.0.1", page) == page
         await asyncio.gather(doors[0].close(0), pages[0].close(0))

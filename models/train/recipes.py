@@ -52,7 +52,7 @@ SORTED = Recipe(
         "eos_token_id": 0,
     },
     objective=every_exit,
-    steps=900,
+    steps=400,
     tokens=4096,
     learning_rate=1e-3,
     warmup=30,

@@ -112,8 +112,9 @@ class DepthPolicy:
         if self.kind == "chain" and not 1 <= len(self.layers) <= MAX_CHAIN:
             raise InvalidArgumentError("depth.chain", self.layers, f"must name 1 to {MAX_CHAIN} layers")
         for layer in self.layers:
-            if isinstance(layer, bool) or not isinstance(layer, int):
-                raise InvalidArgumentError("depth.chain", layer, "must name layers by whole numbers")
+            if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= MAX_DEPTH:
+                limit = f"must name layers by whole numbers from 0 to {MAX_DEPTH}"
+                raise InvalidArgumentError("depth.chain", layer, limit)
 
     def _possible(self, threshold: float) -> bool:
         if (
@@ -205,9 +206,10 @@ class DepthPolicy:
         fields: dict[str, Any] = {}
         for word in [w for w in words if w.startswith(("min=", "max=", "width="))]:
             name, _, value = word.partition("=")
-            fields["width" if name == "width" else f"{name}_depth"] = _number(
-                text, value, float if name == "width" else int
-            )
+            field = "width" if name == "width" else f"{name}_depth"
+            if field in fields:
+                raise InvalidArgumentError("depth", text, f"{name} is there twice")
+            fields[field] = _number(text, value, float if name == "width" else int)
             words.remove(word)
         if kind == "chain":
             return DepthPolicy(kind, layers=tuple(_number(text, word, int) for word in words), **fields)

@@ -85,6 +85,10 @@ class Scheduler:
         if request.id in self.requests:
             raise InvalidArgumentError("request_id", request.id, "is already running")
         needed = request.params.n * path.slots
+        if path.slots > self.slots.capacity:
+            limit = f"a layer that comes {path.slots} times takes as many slots, this model has "
+            limit += str(self.slots.capacity)
+            raise InvalidArgumentError("depth.chain", request.policy.layers, limit)
         if needed > self.slots.capacity:
             limit = f"the request needs {needed} slots, this model has {self.slots.capacity}"
             raise InvalidArgumentError("n", request.params.n, limit)

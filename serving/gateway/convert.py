@@ -101,6 +101,8 @@ def policy_from(depth: pb.DepthPolicy) -> DepthPolicy | None:
             fields["threshold"] = criterion.threshold
         if kind != "gate":
             fields["measure"] = _measure(kind, criterion.measure)
+        elif criterion.measure != pb.DepthPolicy.MEASURE_UNSPECIFIED:
+            raise InvalidArgumentError("depth.gate.measure", criterion.measure, "a gate is its own measure")
     return DepthPolicy(kind, **fields)
 
 

@@ -183,7 +183,12 @@ def usage_from(usages: Sequence[Usage]) -> dict[str, Any]:
     misses = [u.cache_miss_reason for u in usages if u.cache_miss_reason]
 
     def mean(name: str) -> float:
-        return sum(getattr(u, name) * u.completion_tokens for u in usages) / made if made else 0.0
+        """Over the tokens generated; where there are none, over those that were read."""
+        weights = [u.completion_tokens if made else u.prompt_tokens for u in usages]
+        total = sum(weights)
+        return (
+            sum(getattr(u, name) * w for u, w in zip(usages, weights, strict=True)) / total if total else 0.0
+        )
 
     return {
         "prompt_tokens": prompt,

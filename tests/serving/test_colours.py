@@ -23,7 +23,7 @@ def test_each_token_has_its_colour(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = []
-    monkeypatch.setattr(client.typer, "secho", lambda text, nl, fg: said.append((text, fg)))
+    monkeypatch.setattr("typer.secho", lambda text, nl, fg: said.append((text, fg)))
     message = pb.GenerateResponse(text="abcd", text_lengths=[1, 2], depths=[1, 32])
     client.coloured(message, 32)
     assert said == [("a", client.SHADES[0]), ("bc", client.SHADES[-1])]

@@ -4,10 +4,11 @@ import hashlib
 import json
 import re
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from serving.errors import DataLossError, NotFoundError
+from serving.errors import DataLossError, NotFoundError, UnavailableError
 from serving.sessions.store import StateStore
 
 ID = re.compile(r"[A-Za-z0-9_-]{8,64}")
@@ -53,24 +54,41 @@ class Records:
             record = self._parse(self._store.get(_path(owner, kind, record_id)), kind, record_id)
         except KeyError:
             raise missing from None
-        if record.expires < time.time():
-            self.delete(record)
-            raise missing
         if record.owner != owner or record.id != record_id or record.kind != kind:
             raise missing
+        if record.expires < time.time():
+            self._forget(record)
+            raise missing
         return record
+
+    def whole(self, owner: str, kind: str, record_id: str) -> tuple[Record, bytes]:
+        """A record and its state, of the same moment. Raises as `read` and `state` do."""
+        record = self.read(owner, kind, record_id)
+        while True:
+            try:
+                return record, self.state(record)
+            except DataLossError:  # or a turn has been committed meanwhile, which takes the old state away
+                again = self.read(owner, kind, record_id)
+                if again.version == record.version:
+                    raise
+                record = again
 
     def write(self, record: Record, state: bytes | None = None) -> Record:
         """Keep a record, and its new state where it has one; returns it as it was written. The state goes first: a
         record always finds its own."""
-        record = replace(record, version=record.version + 1)
+        old, record = record, replace(record, version=record.version + 1)
         if state is not None:
             digest = hashlib.blake2b(state, digest_size=20).hexdigest()
             record = replace(record, state=digest, state_bytes=len(state))
             self._store.put(_state_path(record), state)
         body = asdict(record)
         data = json.dumps({"record": body, "checksum": _checksum(body)}).encode()
-        self._store.put(_path(record.owner, record.kind, record.id), data)
+        try:
+            self._store.put(_path(record.owner, record.kind, record.id), data)
+        except UnavailableError:
+            if record.state != old.state or not old.version:
+                self.drop_state(record)
+            raise
         return record
 
     def state(self, record: Record) -> bytes:
@@ -89,10 +107,23 @@ class Records:
         self._store.delete(_path(record.owner, record.kind, record.id))
         self.drop_state(record)
 
+    def discard(self, owner: str, kind: str, record_id: str) -> None:
+        """Remove what is left of a damaged record."""
+        self._store.delete(_path(owner, kind, record_id))
+        for name in self._store.list(f"{_folder(owner)}/states"):
+            if name.startswith(f"{record_id}."):
+                self._store.delete(f"{_folder(owner)}/states/{name}")
+
     def drop_state(self, record: Record) -> None:
-        """Remove a state that its record does not name any more."""
+        """Remove a state that its record does not name any more; one that cannot be removed does no harm."""
         if record.state:
-            self._store.delete(_state_path(record))
+            with suppress(UnavailableError):
+                self._store.delete(_state_path(record))
+
+    def _forget(self, record: Record) -> None:
+        """Remove what has expired, from a store that can be written to."""
+        with suppress(UnavailableError):
+            self.delete(record)
 
     def count(self, owner: str) -> int:
         """Of an owner's records, those included that have expired and not been noticed yet."""
@@ -109,7 +140,7 @@ class Records:
                 except (KeyError, DataLossError):
                     continue
                 if record.expires < time.time():
-                    self.delete(record)
+                    self._forget(record)
                 else:
                     found.append(record)
         return found
@@ -121,7 +152,7 @@ class Records:
             if outer["checksum"] != _checksum(outer["record"]):
                 raise damaged
             return Record(**outer["record"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise damaged from None
 
 

@@ -3,15 +3,31 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
-from serving.errors import FailedPreconditionError, InvalidArgumentError, OverloadedError
+from serving.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    OverloadedError,
+    UnavailableError,
+)
 from serving.sessions.records import SESSION, SNAPSHOT, Record, Records
 from serving.sessions.store import StateStore
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 MAX_TTL_S = 366 * 86400.0
+STORE_THREADS = 8
+STORE_S = 30.0
+"""That the store may take for one operation."""
 
 
 @dataclass(slots=True)
@@ -21,11 +37,12 @@ class Turn:
     record: Record
     state: bytes  # after a beginning of its tokens; empty where there is none
     _records: Records
+    _run: Callable[..., Awaitable[None]]
 
     async def commit(self, tokens: list[int], state: bytes | None) -> None:
         """The turn has been carried out: all that the session is to hold from now on, and, where there is a newer
         one, the state after a beginning of it. Raises FailedPreconditionError."""
-        await asyncio.to_thread(self._commit, tokens, state)
+        await self._run(self._commit, tokens, state)
 
     def _commit(self, tokens: list[int], state: bytes | None) -> None:
         old = self._records.read(self.record.owner, SESSION, self.record.id)
@@ -46,6 +63,8 @@ class Sessions:
         self._ttl_s = ttl_s
         self._most = most
         self._busy: set[tuple[str, str]] = set()
+        self._adding: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by owner
+        self._threads = ThreadPoolExecutor(STORE_THREADS, "fathom-sessions")
 
     async def create(
         self, owner: str, model: str, fingerprint: str, ttl_s: float | None, session_id: str = ""
@@ -57,11 +76,11 @@ class Sessions:
         record = Record(
             session_id or _new_id(), SESSION, owner, model, fingerprint, self._ttl(ttl_s), now, now
         )
-        return await asyncio.to_thread(self._add, record)
+        return await self._add(record)
 
     async def get(self, owner: str, session_id: str) -> Record:
         """Raises NotFoundError or DataLossError."""
-        return await asyncio.to_thread(self._records.read, owner, SESSION, session_id)
+        return await self._run(self._records.read, owner, SESSION, session_id)
 
     async def fork(self, owner: str, session_id: str, ttl_s: float | None) -> Record:
         """Raises NotFoundError, DataLossError or OverloadedError."""
@@ -76,51 +95,74 @@ class Sessions:
     ) -> Record:
         """`fingerprints` of the models that are served, by name. Raises NotFoundError, DataLossError,
         FailedPreconditionError or OverloadedError."""
-        source = await asyncio.to_thread(self._records.read, owner, SNAPSHOT, snapshot_id)
+        source = await self._run(self._records.read, owner, SNAPSHOT, snapshot_id)
         _check_model(source, fingerprints.get(source.model, ""))
         return await self._branch(owner, SNAPSHOT, snapshot_id, SESSION, ttl_s)
 
     async def all(self, owner: str) -> list[Record]:
-        return await asyncio.to_thread(self._records.all, owner)
+        return await self._run(self._records.all, owner)
 
     async def delete(self, owner: str, kind: str, record_id: str) -> None:
         """Raises NotFoundError, or FailedPreconditionError for a session in use."""
-        if (owner, record_id) in self._busy:
-            raise FailedPreconditionError(f"session_id = {record_id!r}: it is in use")
-        record = await asyncio.to_thread(self._records.read, owner, kind, record_id)
-        await asyncio.to_thread(self._records.delete, record)
+        with self._alone(owner, record_id):
+            try:
+                record = await self._run(self._records.read, owner, kind, record_id)
+            except DataLossError:
+                await self._run(self._records.discard, owner, kind, record_id)
+            else:
+                await self._run(self._records.delete, record)
 
     @asynccontextmanager
     async def turn(self, owner: str, session_id: str, model: str, fingerprint: str) -> AsyncIterator[Turn]:
         """A session to generate within; nobody else can meanwhile, here. It stays as it was unless the turn commits.
 
         Raises NotFoundError, DataLossError, or FailedPreconditionError where it is in use or of another model."""
-        key = owner, session_id
-        if key in self._busy:
-            raise FailedPreconditionError(f"session_id = {session_id!r}: it is in use")
-        self._busy.add(key)
-        try:
+        with self._alone(owner, session_id):
             record = await self.get(owner, session_id)
             if record.model != model:
                 raise FailedPreconditionError(f"session_id = {session_id!r}: it is of model {record.model!r}")
             _check_model(record, fingerprint)
-            yield Turn(record, await asyncio.to_thread(self._records.state, record), self._records)
+            record, state = await self._run(self._records.whole, owner, SESSION, session_id)
+            yield Turn(record, state, self._records, self._run)
+
+    @contextmanager
+    def _alone(self, owner: str, record_id: str) -> Iterator[None]:
+        """Raises FailedPreconditionError."""
+        key = owner, record_id
+        if key in self._busy:
+            raise FailedPreconditionError(f"session_id = {record_id!r}: it is in use")
+        self._busy.add(key)
+        try:
+            yield
         finally:
             self._busy.discard(key)
 
+    async def _run(self, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+        """Work with the store, in threads of its own: a store that hangs holds up nobody else's. Raises
+        UnavailableError after STORE_S; what was begun may yet be done."""
+        begun = asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *args, **named))
+        try:
+            return await asyncio.wait_for(begun, STORE_S)
+        except TimeoutError:
+            raise UnavailableError(f"the state store has not answered for {STORE_S:g} s") from None
+
     async def _branch(self, owner: str, kind: str, record_id: str, into: str, ttl_s: float | None) -> Record:
         """Another record that goes on from the same point, with a state of its own."""
-        source = await asyncio.to_thread(self._records.read, owner, kind, record_id)
+        source, state = await self._run(self._records.whole, owner, kind, record_id)
         now = time.time()
         origin = source.id if into == SNAPSHOT else ""
         ttl = source.ttl_s if ttl_s is None else self._ttl(ttl_s)
         record = replace(
             source, id=_new_id(), kind=into, ttl_s=ttl, created=now, used=now, version=0, origin=origin
         )
-        state = await asyncio.to_thread(self._records.state, source)
-        return await asyncio.to_thread(self._add, record, state or None)
+        return await self._add(record, state or None)
 
-    def _add(self, record: Record, state: bytes | None = None) -> Record:
+    async def _add(self, record: Record, state: bytes | None = None) -> Record:
+        """One at a time, so that no more are made than are allowed."""
+        async with self._adding.setdefault(record.owner, asyncio.Lock()):
+            return await self._run(self._add_one, record, state)
+
+    def _add_one(self, record: Record, state: bytes | None) -> Record:
         full = self._records.count(record.owner) >= self._most
         if full and len(self._records.all(record.owner)) >= self._most:  # which forgets what has expired
             raise OverloadedError(f"there are {self._most} sessions and snapshots, and no more are allowed")

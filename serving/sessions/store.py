@@ -1,15 +1,23 @@
 """Where states are kept: named blobs at any fsspec URL, written whole or not at all."""
 
 import contextlib
+import logging
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 
+from serving.errors import UnavailableError
+
+log = logging.getLogger("fathom.gateway")
+
 
 class StateStore:
-    """Blobs by path. Safe for any number of processes; the last writer of a path wins."""
+    """Blobs by path. Safe for any number of processes; the last writer of a path wins.
+
+    Each method raises UnavailableError where the store is full, read-only, or out of reach."""
 
     def __init__(self, url: str):
         """`url`: of fsspec, or a local folder."""
@@ -19,34 +27,55 @@ class StateStore:
     def put(self, path: str, data: bytes) -> None:
         """Keep a blob under a path, in place of what may be there."""
         target = f"{self._root}/{path}"
-        if self._folder is None:  # an object store writes an object whole
+        with _told("written to"):
+            if self._folder is None:  # an object store writes an object whole
+                self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+                self._fs.pipe_file(target, data)
+                return
+            # States tell what was said. Another writer may make the folder at the same time.
+            self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
             self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-            self._fs.pipe_file(target, data)
-            return
-        if not self._folder.exists():
-            self._folder.mkdir(parents=True, mode=0o700)  # states tell what was said
-        self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-        partial = f"{target}.{secrets.token_hex(4)}.partial"
-        self._fs.pipe_file(partial, data)
-        os.replace(partial, target)
+            partial = f"{target}.{secrets.token_hex(4)}.partial"
+            try:
+                self._fs.pipe_file(partial, data)
+                os.replace(partial, target)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self._fs.rm_file(partial)
+                raise
 
     def get(self, path: str) -> bytes:
         """Raises KeyError where there is none."""
-        try:
-            return bytes(self._fs.cat_file(f"{self._root}/{path}"))
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise KeyError(path) from None
+        with _told("read"):
+            try:
+                return bytes(self._fs.cat_file(f"{self._root}/{path}"))
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise KeyError(path) from None
 
     def delete(self, path: str) -> None:
         """Unknown paths are ignored."""
-        with contextlib.suppress(FileNotFoundError):
+        with _told("written to"), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(f"{self._root}/{path}")
 
     def list(self, folder: str) -> list[str]:
         """Names of the blobs in a folder."""
-        try:
-            entries = self._fs.ls(f"{self._root}/{folder}", detail=False, refresh=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        with _told("read"):
+            try:
+                entries = self._fs.ls(f"{self._root}/{folder}", detail=False, refresh=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
         names = [str(entry).rpartition("/")[2] for entry in entries]
         return sorted(name for name in names if not name.endswith(".partial"))
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Failures are told without the store's paths, which are for the log."""
+    try:
+        yield
+    except KeyError:
+        raise
+    except Exception as error:
+        log.error("the state store cannot be %s: %s", what, error)
+        reason = (error.strerror if isinstance(error, OSError) else "") or type(error).__name__
+        raise UnavailableError(f"the state store cannot be {what}: {reason}") from None

@@ -5,6 +5,7 @@ SortedNet (arXiv 2309.00255), Sorted LLaMA (arXiv 2309.08968), LayerSkip (arXiv 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,7 @@ from models.decoder import Block, Decoder, Stage
 from models.layers import GatedMLP, Linear, Packed
 from models.mixers.attention import Attention
 from models.paths import Node, Path
-from models.state import LayerState
+from models.state import LayerState, Layout
 
 
 class NestedDecoder(Decoder):
@@ -55,6 +56,14 @@ class NestedDecoder(Decoder):
         head = len(self.exits)
         nodes = [Node(i, units=layers, exit_to=head) for i, layers in enumerate(self.exits)]
         return Path((*nodes, Node(head)))
+
+    def layout(self) -> Layout:
+        """Where tokens that left are absent, the layers behind an exit have seen fewer of them than those before it."""
+        layout = super().layout()
+        if self.fills:
+            return layout
+        of = {i: group for group, stage in enumerate(self.stages) for i in stage.layers}
+        return Layout(tuple(replace(layer, group=of[i]) for i, layer in enumerate(layout.layers)))
 
     def flops(self, path: Path | None = None, units: float | None = None) -> float:
         """As every decoder; the layers of a sub-model cost its share of theirs."""

@@ -6,6 +6,7 @@ import hmac
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
-from serving.config import Name, Strict, validated
+from serving.config import Name, Strict
 from serving.errors import (
     OverloadedError,
     PermissionDeniedError,
@@ -45,10 +46,9 @@ class KeyFile(Strict):
     @pydantic.model_validator(mode="after")
     def _distinct(self) -> "KeyFile":
         for field in ("name", "sha256"):
-            seen = [getattr(key, field) for key in self.keys]
-            twice = [value for value in seen if seen.count(value) > 1]
-            if twice:
-                raise ValueError(f"keys: {field} {twice[0]} occurs twice")
+            ((value, count),) = Counter(getattr(key, field) for key in self.keys).most_common(1) or [("", 0)]
+            if count > 1:
+                raise ValueError(f"keys: {field} {value} occurs twice")
         return self
 
 
@@ -146,11 +146,33 @@ class Keys:
         try:
             self._stamp = _stamp(file)
             raw = yaml.safe_load(file.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise ServeConfigError(f"{file}: {error}") from None
-        known = {caller.key: caller for caller in self._callers.values()}
-        keys = validated(KeyFile, raw, str(file)).keys
-        self._callers = {key.sha256: known.get(key) or Caller(key) for key in keys}
+        except yaml.YAMLError as error:
+            raise ServeConfigError(f"{file}: {_without_text(error)}") from None
+        callers = {}
+        for key in _checked(raw, file).keys:
+            caller = callers[key.sha256] = self._callers.get(key.sha256) or Caller(key)
+            caller.key = key  # what it uses at present counts on, whatever it may use from now on
+        self._callers = callers
+
+
+def _checked(raw: object, file: Path) -> KeyFile:
+    """Raises ServeConfigError, which names no value: some put the key itself where its digest should be, and errors
+    are logged."""
+    try:
+        return KeyFile.model_validate(raw)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "file"
+        raise ServeConfigError(f"{file}: {where}: {first['msg']}") from None
+
+
+def _without_text(error: yaml.YAMLError) -> str:
+    """What is wrong with it and where, without the line itself."""
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or "is not YAML"
+    return what if mark is None else f"line {mark.line + 1}: {what}"
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -1,23 +1,29 @@
 """API keys: who gets in, to which model, and how much of it."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
+import httpx
 import pytest
 import yaml
 
 from protos.fathom.v1 import inference_pb2 as pb
-from protos.fathom.v1 import models_pb2
+from protos.fathom.v1 import inference_pb2_grpc, models_pb2
 from protos.fathom.v1 import sessions_pb2 as sessions
+from protos.inference import grpc_service_pb2 as wire
 from serving import SamplingParams
 from serving.config import GatewaySpec
 from serving.errors import OverloadedError, ServeConfigError, UnauthenticatedError
 from serving.gateway import keys as module
+from serving.gateway.http import make_app
 from serving.gateway.keys import Keys, credential_of, digest, new_secret
 from serving.gateway.requests import Ask
+from serving.logs import JsonLines, log_request
 from tests import tiny
 from tests.gateway.harness import Context, House, call, house
+from tests.gateway.ingress import grpc_port, http_port, patient  # noqa: F401  (used by being here)
 
 GENERATE = "fathom.v1.Inference/Generate"
 
@@ -90,6 +96,45 @@ def test_an_impossible_file_is_refused_by_name(tmp_path: Path, text: str, named:
         Keys(tmp_path / "missing.yaml")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "keys: [{name: ann, sha256: SECRET}]",
+        "keys: [SECRET]",
+        "SECRET",
+        "keys:\n- name: ann\n  sha256: 'SECRET\n",
+        "keys: [{name: ann, sha256: @SECRET}]",
+    ],
+)
+def test_a_key_in_place_of_its_digest_is_not_said_back(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    secret, file = new_secret(), tmp_path / "keys.yaml"
+    file.write_text(text.replace("SECRET", secret))
+    with pytest.raises(ServeConfigError) as refused:
+        Keys(file)
+    assert secret not in str(refused.value)
+    keys = Keys(write(file, {"name": "ann", "sha256": digest("a")}))
+    file.write_text(text.replace("SECRET", secret))
+    clock.now += 2
+    assert keys.authenticate("a").name == "ann"
+    assert "the keys stay as they were" in caplog.text and secret not in caplog.text
+
+
+def test_a_changed_quota_does_not_forget_what_is_used(tmp_path: Path, clock: Clock) -> None:
+    entry = {"name": "ann", "sha256": digest("a"), "max_streams": 3, "tokens_per_minute": 600}
+    keys = Keys(write(tmp_path / "keys.yaml", entry))
+    with keys.authenticate("a").stream(600):
+        write(tmp_path / "keys.yaml", {**entry, "max_streams": 1, "tokens_per_minute": 1200})
+        clock.now += 2
+        with pytest.raises(OverloadedError, match="max_streams = 1"), keys.authenticate("a").stream(1):
+            pass
+    with keys.authenticate("a").stream(1000):
+        pass
+    with pytest.raises(OverloadedError, match="1200 are spent"), keys.authenticate("a").stream(1):
+        pass
+
+
 def test_quotas(tmp_path: Path, clock: Clock) -> None:
     entry = {"name": "ann", "sha256": digest("a"), "max_streams": 2, "tokens_per_minute": 600}
     ann = Keys(write(tmp_path / "keys.yaml", entry)).authenticate("a")
@@ -157,6 +202,16 @@ async def test_over_grpc(tmp_path: Path) -> None:
         _, context = await unary("fathom.v1.Models/Get", "b", models_pb2.GetModelRequest(name="one"))
         assert context.code is grpc.StatusCode.PERMISSION_DENIED
 
+        _, context = await unary("fathom.v1.Models/Get", "?", models_pb2.GetModelRequest(name="none"))
+        assert context.code is grpc.StatusCode.UNAUTHENTICATED  # and no model is named
+        oip = "inference.GRPCInferenceService/"
+        index, _ = await unary(oip + "RepositoryIndex", "b", wire.RepositoryIndexRequest())
+        assert [m.name for m in index.models] == ["two"]  # type: ignore[attr-defined]
+        _, context = await unary(oip + "RepositoryIndex", "?", wire.RepositoryIndexRequest())
+        assert context.code is grpc.StatusCode.UNAUTHENTICATED
+        _, context = await unary(oip + "ModelMetadata", "b", wire.ModelMetadataRequest(name="one"))
+        assert context.code is grpc.StatusCode.PERMISSION_DENIED
+
         made, _ = await unary("fathom.v1.Sessions/Create", "a", sessions.CreateSessionRequest(model="two"))
         for method, request in (
             ("Get", sessions.GetSessionRequest),
@@ -180,3 +235,54 @@ async def test_a_full_gateway_refuses_before_it_has_read_anything(tmp_path: Path
             await anext(h.requests.generate(Ask([])))
         await running.aclose()
         await h.idle()
+
+
+async def test_no_log_says_a_key_or_a_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of whatever library, at whatever level."""
+    caplog.set_level(0)
+    for name in ("fathom", "uvicorn", "uvicorn.error", "grpc", "httpx", "asyncio"):
+        caplog.set_level(0, name)
+    key, prompt = new_secret(), "the-word-that-nobody-may-read"
+    file = write(tmp_path / "keys.yaml", {"name": "ann", "sha256": digest(key), "tokens_per_minute": 500})
+    spec = GatewaySpec(keys_file=str(file), state_store=str(tmp_path / "store"))
+    async with house(tiny.checkpoint(tmp_path / "tiny"), gateway=spec) as h:
+        h.requests._listeners = (log_request,)
+        app = make_app(h.requests, h.fleet, spec, h.metrics)
+        async with (
+            grpc_port(h.rpc) as address,
+            http_port(app) as url,
+            grpc.aio.insecure_channel(address) as channel,
+            httpx.AsyncClient(base_url=url, timeout=30) as client,
+        ):
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            for sampling in (
+                pb.SamplingParams(max_tokens=2),
+                pb.SamplingParams(max_tokens=2, stop=[prompt]),
+                pb.SamplingParams(max_tokens=10**9),
+                pb.SamplingParams(max_tokens=2, n=500),
+                pb.SamplingParams(max_tokens=2, grammar=pb.Grammar(regex=f"({prompt}")),
+            ):
+                for shown in (key, key + "x"):
+                    call = stub.Generate(
+                        pb.GenerateRequest(text=prompt, sampling=sampling),
+                        metadata=(("authorization", f"Bearer {shown}"),),
+                    )
+                    with suppress(grpc.aio.AioRpcError):
+                        async for _ in call:
+                            pass
+            for body in (
+                {"prompt": prompt, "max_tokens": 2},
+                {"prompt": prompt, "max_tokens": 2, "stream": True},
+                {"prompt": prompt, "max_tokens": 2, "colour": prompt},
+                {"prompt": prompt, "max_tokens": 2, "guided_regex": f"({prompt}"},
+                {"prompt": [prompt], "model": prompt, "stop": [prompt]},
+                {"prompt": prompt, "max_tokens": 500},
+                {"prompt": prompt, "max_tokens": 1},
+            ):
+                await client.post("/v1/completions", json=body, headers={"authorization": f"Bearer {key}"})
+            await client.post("/v1/completions", content=prompt, headers={"x-api-key": key})
+        await h.idle()
+    logged = "\n".join(JsonLines().format(record) for record in caplog.records)
+    assert "generate ok" in logged and "generate failed" in logged
+    assert key not in logged
+    assert prompt not in logged

@@ -150,9 +150,9 @@ class EngineMetrics(Observer):
         self._rows.observe(len(tick.slots))
         stage = str(tick.stage)
         self._ticks_of(stage).inc()
-        if tick.final:
-            self._wait.observe(float(tick.waited.mean()) if len(tick.waited) else 0.0)
-            self._refills.inc(tick.refills)
+        self._refills.inc(tick.refills)
+        if tick.final and len(tick.waited):
+            self._wait.observe(float(tick.waited.mean()))
         if tick.units is not None:
             self._stage_tokens.add(stage, tick.units)
         if tick.chunks:

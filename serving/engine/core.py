@@ -117,10 +117,10 @@ class Tick:
     wanted: dict[str, Ints] = field(default_factory=dict)  # signal -> the tokens whose policies look at it
     units: Ints | None = None  # depth that each token has reached by it
     refills: int = 0  # rows that begin while others are on their way
+    prefill_tokens: int = field(init=False)  # of the chunks, which go on while the tick is looked at
 
-    @property
-    def prefill_tokens(self) -> int:
-        return sum(len(chunk.passing) for chunk in self.chunks)
+    def __post_init__(self) -> None:
+        self.prefill_tokens = sum(len(chunk.passing) for chunk in self.chunks)
 
 
 @dataclass(slots=True)

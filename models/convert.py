@@ -105,6 +105,7 @@ def convert(source: str | Path, target: Path, how: Recursion, dtype: torch.dtype
     _check_rank(how.rank, original)
     _, model = family(config, "config.json").build(config, "config.json")
     assert isinstance(model, LoopedDecoder)
+    _check_kinds(model, original, how)
     fill(model, original, how)
     save(target, model, names(config, "config.json"), config, dtype)
     for name in COPIED:
@@ -138,6 +139,32 @@ def _check_rank(rank: int, original: Decoder) -> None:
         full = max(full, min(columns, max(sizes)))
     if rank > full:
         raise ConfigError("conversion", "rank", rank, f"the full rank of this model's projections is {full}")
+
+
+def _check_kinds(model: LoopedDecoder, original: Decoder, how: Recursion) -> None:
+    """Raises ConfigError where a layer would stand for one of another kind, as there are in hybrid models."""
+    last, core = len(original.layers) - 1, how.core(len(original.layers))
+    stands_for = {len(model.layers) - 1: [last], 0: [0]} if how.outside else {}
+    for shared in range(core):
+        depths = [how.layer(shared, depth, core) for depth in range(how.recursions)]
+        stands_for[how.outside + shared] = [*depths, *how.origins(shared, core)]
+    for mine, origins in stands_for.items():
+        for origin in origins:
+            if _kinds(model.blocks[mine]) != _kinds(original.blocks[origin]):
+                limit = (
+                    f"layer {mine} would stand for layer {origin} of the original, which is of another kind"
+                )
+                raise ConfigError("conversion", "sharing", how.sharing, limit)
+
+
+def _kinds(block: Block) -> dict[str, torch.Size]:
+    """What a layer is made of: its parameters, but for what is there for each depth."""
+    return {
+        f"{path}.{name}": parameter.shape[isinstance(module, DepthNorm) :]
+        for path, module in block.named_modules()
+        if not path.startswith("loras")
+        for name, parameter in module.named_parameters(recurse=False)
+    }
 
 
 @torch.no_grad()

@@ -13,8 +13,13 @@ from models.load import load
 from serving import LLM, SamplingParams
 from tests import tiny
 from tests.depth.test_depth import GLA, LLAMA
+from tests.models.small import SMALL
 
 DEEP: dict[str, Any] = {**LLAMA, "num_hidden_layers": 8, "attention_bias": True}
+HYBRID: dict[str, Any] = {
+    **SMALL["recurrent_gemma"],
+    "num_hidden_layers": 10,
+}  # 2 recurrences, then attention
 DEEP_GLA: dict[str, Any] = {**GLA, "num_hidden_layers": 6}
 
 
@@ -60,8 +65,14 @@ def test_strict_layers_are_the_ones_that_were_chosen(tmp_path: Path) -> None:
         (DEEP, Recursion("cycle", 2, rank=-1), "rank = -1"),
         (DEEP, Recursion("cycle", 2, rank=21), "rank = 21.*full rank of this model's projections is 20"),
         (tiny.LOOPED, Recursion("cycle", 2), "recursive already"),
+        (
+            HYBRID,
+            Recursion("cycle", 2),
+            "sharing = 'cycle': layer 0 would stand for layer 5 .*of another kind",
+        ),
+        (HYBRID, Recursion("middle_cycle", 2, rank=2), "sharing = 'middle_cycle': layer .*of another kind"),
     ],
-    ids=["3 of 8", "once", "rank", "above full rank", "recursive"],
+    ids=["3 of 8", "once", "rank", "above full rank", "recursive", "hybrid", "hybrid's ends"],
 )
 def test_impossible_conversions_are_refused(
     tmp_path: Path, config: dict[str, Any], how: Recursion, words: str

@@ -39,7 +39,7 @@ class _Connection(HttpToolsProtocol):
         super().__init__(*given, **named)
         self._asking: asyncio.TimerHandle | None = None
         self._reading: asyncio.TimerHandle | None = None
-        self._in_head, self._head, self._progress = True, 0, 0
+        self._in_head, self._head, self._progress = False, 0, 0
         self._deaf = False  # to what comes after a request that is being answered
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -75,7 +75,7 @@ class _Connection(HttpToolsProtocol):
             self._deaf = True
             return
         super().on_message_begin()
-        self._in_head, self._progress = True, 0
+        self._in_head, self._head, self._progress = True, 0, 0
         self._expect_request()
 
     def on_url(self, url: bytes) -> None:
@@ -88,7 +88,7 @@ class _Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if not self._deaf:
-            self._in_head, self._head = False, 0
+            self._in_head = False
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -103,7 +103,6 @@ class _Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if self._deaf:
             return
-        self._in_head, self._head = True, 0
         if self._asking is not None:
             self._asking.cancel()
             self._asking = None

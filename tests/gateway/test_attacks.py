@@ -10,11 +10,19 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
+import httpx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.fathom.v1 import inference_pb2 as pb
-from protos.fathom.v1 import inference_pb2_grpc, sessions_pb2, sessions_pb2_grpc
-from protos.inference import grpc_service_pb2_grpc
+from protos.fathom.v1 import (
+    inference_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+    sessions_pb2,
+    sessions_pb2_grpc,
+)
+from protos.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from serving.config import GatewaySpec
 from serving.gateway import connection, doors
 from serving.gateway.http import make_app
@@ -105,6 +113,13 @@ async def test_a_body_that_gets_on_may_take_its_time(folder: Path) -> None:
             await asyncio.sleep(PATIENCE_S / 2)
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")
         writer.transport.abort()
+
+
+async def test_a_long_body_that_comes_with_its_head_is_no_head(folder: Path) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 1, "user": "u" * 200_000}).encode()
+    async with served(folder, reader_patience_s=30) as (_, port):
+        whole = post(body).replace(b"host: x", b"host: x\r\nconnection: close")
+        assert (await said(port, whole)).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize(
@@ -228,4 +243,43 @@ async def test_a_clients_own_deadline_frees_the_slot(folder: Path) -> None:
         while not h.requests._open:
             await asyncio.sleep(0.001)
         score.cancel()
+        await until_idle(h, 1)
+
+
+async def test_a_full_gateway_refuses_all_work_and_answers_the_rest(folder: Path) -> None:
+    gateway = GatewaySpec(max_streams=1)
+    async with (
+        house(folder, gateway=gateway) as h,
+        grpc_port(h.rpc) as address,
+        http_port(make_app(h.requests, h.fleet, gateway, h.metrics)) as url,
+        httpx.AsyncClient(base_url=url, timeout=30) as client,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        sampling = pb.SamplingParams(max_tokens=100_000, ignore_eos=True)
+        held = stub.Generate(pb.GenerateRequest(text="def f", sampling=sampling))
+        await held.read()
+        with pytest.raises(grpc.aio.AioRpcError) as told:
+            await stub.Score(pb.ScoreRequest(text="abc"))
+        assert told.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        infer = grpc_service_pb2.ModelInferRequest(model_name="tiny")
+        infer.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"a")
+        with pytest.raises(grpc.aio.AioRpcError) as told:
+            await grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(infer)
+        assert told.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await client.post("/v1/embeddings", json={"input": "a"})).status_code == 429
+        assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 429
+
+        health = health_pb2_grpc.HealthStub(channel)
+        asked = health_pb2.HealthCheckRequest(service="fathom.v1.Inference")
+        serving = health_pb2.HealthCheckResponse.SERVING
+        assert (await health.Check(asked)).status == serving
+        watch = health.Watch(asked)
+        assert (await watch.read()).status == serving
+        watch.cancel()
+        listed = await models_pb2_grpc.ModelsStub(channel).List(models_pb2.ListModelsRequest())
+        assert [model.name for model in listed.models] == ["tiny"]
+        for path in ("/healthz", "/v1/models", "/metrics"):
+            assert (await client.get(path)).status_code == 200
+        held.cancel()
         await until_idle(h, 1)

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from serving.engine.core import Ints
 
 SHORTEST = 16  # tokens: a state is not saved for less, nor so near to another one
 MOST_GHOSTS = 4096  # nodes that only remember that there was a state
+MOST_POLICIES = 64  # whose trees are looked at for the reason of a miss, the newest first
 
 
 class Saved(Protocol):
@@ -51,6 +53,7 @@ class Node:
     since: int = 0  # the state holds what was added after so many tokens
     value: float = 0.0  # what it is worth keeping for; the least goes first
     evicted: bool = False
+    key: Hashable = None  # of a root: under which policy of depth its states were made
 
     def lineage(self) -> "Iterator[Node]":
         """This node and those above it, bottom up, as far as they hold states."""
@@ -139,7 +142,7 @@ class PrefixCache:
 
     def _walk(self, key: Hashable, ids: Ints) -> tuple[Node, int]:
         """The deepest node whose tokens all begin `ids`, and how far the tree goes on with them beyond it."""
-        node = self._roots.setdefault(key, Node(None, np.zeros(0, np.int64), 0))
+        node = self._roots.get(key) or _root(key)
         while node.end < len(ids):
             child = node.children.get(int(ids[node.end]))
             if child is None:
@@ -152,6 +155,7 @@ class PrefixCache:
 
     def _make(self, key: Hashable, ids: Ints) -> Node:
         """The node that ends with these tokens, made where there is none."""
+        self._roots.setdefault(key, _root(key))
         node, seen = self._walk(key, ids)
         if seen > node.end:  # inside an edge: cut it in two
             below = node.children[int(ids[node.end])]
@@ -201,6 +205,8 @@ class PrefixCache:
         ):
             del node.parent.children[int(node.edge[0])]
             node = node.parent
+        if node.parent is None and not node.children and node.saved is None:
+            self._roots.pop(node.key, None)
 
     def _reason(self, key: Hashable, ids: Ints, node: Node, found: Node | None, seen: int, most: int) -> Miss:
         covered = 0 if found is None else found.end
@@ -210,7 +216,8 @@ class PrefixCache:
             return Miss.EVICTED
         if seen >= covered + SHORTEST:
             return Miss.BETWEEN
-        elsewhere = (self._walk(other, ids)[1] for other in list(self._roots) if other != key)
+        others = islice(reversed(self._roots), MOST_POLICIES)  # clients may think of any number of thresholds
+        elsewhere = (self._walk(other, ids)[1] for other in others if other != key)
         return Miss.POLICY if any(s >= covered + SHORTEST for s in elsewhere) else Miss.UNSEEN
 
 
@@ -219,6 +226,10 @@ def _common(a: Ints, b: Ints) -> int:
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if len(different) else n
+
+
+def _root(key: Hashable) -> Node:
+    return Node(None, np.zeros(0, np.int64), 0, key=key)
 
 
 def _value(node: Node) -> float:

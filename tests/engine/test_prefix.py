@@ -106,6 +106,16 @@ def test_every_miss_has_its_reason() -> None:
     assert cache.match("k", np.append(lost[0], 5), len(lost[0])).miss is Miss.EVICTED
 
 
+def test_policies_leave_nothing_behind() -> None:
+    cache = PrefixCache(20, most_ghosts=4)
+    ids = np.arange(40)
+    for number in range(300):
+        key = f"gate({number})"
+        assert cache.match(key, ids, 40).node is None and not cache.holds(key, ids)
+        assert len(cache._roots) <= 7  # states, ghosts, and no trace of who only asked
+        cache.insert(key, ids, lambda above: Thing(tuple(ids)))
+
+
 def test_what_costs_least_to_compute_again_goes_first() -> None:
     cache = PrefixCache(30)
     for first, length in ((1, 500), (2, 40), (3, 300), (4, 90)):

@@ -1,11 +1,25 @@
 """The plain stack of any family that a model of adaptive depth is made of."""
 
-from typing import Any
+from typing import Any, TypeVar
+
+import pydantic
+from pydantic import BaseModel
 
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.errors import ConfigError
 from models.registry import family
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def checked(kind: type[Kind], raw: dict[str, Any], file: object) -> Kind:
+    """A configuration of its kind. Raises ConfigError with the first field that is wrong."""
+    try:
+        return kind.model_validate(raw)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(file, ".".join(map(str, first["loc"])), first.get("input"), first["msg"]) from None
 
 
 def plain_stack(raw: dict[str, Any], file: object) -> tuple[ModelConfig, Decoder]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.batch import Batch
 from models.decoder import Block, Decoder
+from models.depth.base import checked
 from models.depth.looped import Loop, LoopedDecoder, Skipped
 from models.depth.per_depth import MixerPerDepth, PerDepth
 from models.errors import ConfigError
@@ -255,14 +256,11 @@ def read(raw: dict[str, Any], file: object) -> tuple[llama.Config, Yaml]:
         raise ConfigError(
             where, "config.yaml", None, "a Mixture-of-Recursions checkpoint needs its training configuration"
         )
+    y = checked(Yaml, raw["yaml"], where)
     try:
-        y = Yaml.model_validate(raw["yaml"])
         shares = y.capacities
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(where, ".".join(map(str, first["loc"])), first.get("input"), first["msg"]) from None
     except ValueError as error:
-        raise ConfigError(where, "mor.capacity", raw["yaml"]["mor"]["capacity"], str(error)) from None
+        raise ConfigError(where, "mor.capacity", y.mor.capacity, str(error)) from None
     n, plain = y.recursive.num_recursion, 2 if y.recursive.sharing == "middle_cycle" else 0
     if (c.num_hidden_layers - plain) % n or c.num_hidden_layers <= plain:
         limit = f"less {plain} plain layers, must be a multiple of recursive.num_recursion = {n}"

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from models.config import ModelConfig
 from models.decoder import Decoder
-from models.depth.base import parts, plain_stack
+from models.depth.base import checked, parts, plain_stack
 from models.depth.looped import Loop, LoopedDecoder, Skipped
 from models.depth.lora import relax
 from models.errors import ConfigError
@@ -46,11 +46,7 @@ class Config(BaseModel):
 
 
 def build(raw: dict[str, Any], file: object) -> tuple[ModelConfig, Decoder]:
-    try:
-        c = Config.model_validate(raw)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(file, ".".join(map(str, first["loc"])), first.get("input"), first["msg"]) from None
+    c = checked(Config, raw, file)
     base_config, base = plain_stack(c.base, file)
     _check(c, base, file)
     loop = Loop(

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from models.config import ModelConfig
 from models.decoder import Decoder
-from models.depth.base import parts, plain_stack
+from models.depth.base import checked, parts, plain_stack
 from models.depth.nested import NestedDecoder
 from models.errors import ConfigError
 from models.registry import names as names_of
@@ -32,11 +32,7 @@ class Config(BaseModel):
 
 
 def build(raw: dict[str, Any], file: object) -> tuple[ModelConfig, Decoder]:
-    try:
-        c = Config.model_validate(raw)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(file, ".".join(map(str, first["loc"])), first.get("input"), first["msg"]) from None
+    c = checked(Config, raw, file)
     base_config, base = plain_stack(c.base, file)
     count = len(base.layers)
     if not all(0 < e <= count for e in c.exits) or list(c.exits) != sorted(set(c.exits)):

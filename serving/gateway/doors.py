@@ -42,9 +42,7 @@ class GrpcDoor:
     """A gRPC server with every service, reflection included."""
 
     def __init__(self, rpc: Rpc, spec: GatewaySpec):
-        room = int(spec.max_message_mb * (1 << 20)) + (
-            1 << 20
-        )  # so that the gateway itself can say what is too much
+        room = int((spec.max_message_mb + 1) * (1 << 20))  # the gateway itself says what is too much
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", room),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -53,6 +54,10 @@ def set_up(spec: LogSpec) -> None:
     logger.setLevel(spec.level.upper())
 
 
+QUOTED = re.compile(r"^([\w.]+) = [^\w-].*", re.DOTALL)
+"""A refused field whose value is no number: it is what a client wrote, and the reason may quote it, too."""
+
+
 def log_request(record: Record) -> None:
     """One line for a request that has ended; a listener of `Requests`. Neither prompt nor text is in it."""
     fields: dict[str, Any] = {
@@ -66,7 +71,7 @@ def log_request(record: Record) -> None:
         fields |= asdict(record.usage)
     if record.error is not None:
         fields["error"] = type(record.error).__name__
-        fields["detail"] = str(record.error)
+        fields["detail"] = QUOTED.sub(r"\1 is refused", str(record.error))
     log.info("%s %s", record.method, outcome(record), extra=fields)
 
 

@@ -95,7 +95,7 @@ async def house(
         made.replicas.append(replica)
     fleet.update(entries)
     while len(fleet.replicas()) < len(entries):
-        await asyncio.wait_for(fleet.changed(), 10)
+        await asyncio.wait_for(fleet.changed(), 60)
     try:
         yield made
     finally:

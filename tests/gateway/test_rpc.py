@@ -164,22 +164,24 @@ async def test_what_would_find_a_full_queue_is_not_sent_there(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with house(folder, slots=1, max_waiting=2) as h:
-        (replica,), sent = h.replicas, []
+        replica, sent, told = h.replicas[0], [], []
         submit = replica._submit
         monkeypatch.setattr(replica, "_submit", lambda s, link: (sent.append(s.request_id), submit(s, link)))
-        request = ask(max_tokens=1_000_000)
-        request.timeout_s = 2.0
-        asked = [asyncio.create_task(h.stream(GENERATE, request)) for _ in range(3)]
-        while (load := h.fleet.replicas()[0].load).waiting < 2:
-            await asyncio.sleep(0.01)
-        assert load.running == 1
+        monkeypatch.setattr(replica._loop, "refused", lambda: told.append(True))
+        running = []
+        for number in (1, 2, 3):  # one runs, then others wait
+            running.append(asyncio.create_task(h.stream(GENERATE, ask(max_tokens=1_000_000))))
+            while (load := h.fleet.replicas()[0].load).running + load.waiting < number:
+                await asyncio.sleep(0.01)
         answers = await asyncio.gather(*(h.stream(GENERATE, ask()) for _ in range(20)))
         assert {context.code for _, context in answers} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         assert "2 requests are waiting" in answers[0][1].details
         assert len(sent) == 3
-        while not replica._engine.scheduler._waiting._hurried:  # it knows, and serves the newest first
+        while not told:  # so that it serves the newest first
             await asyncio.sleep(0.01)
-        await asyncio.gather(*asked)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         await h.idle()
 
 

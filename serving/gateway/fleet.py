@@ -85,9 +85,9 @@ class Fleet:
         assert description is not None  # it is ready
         return description, ready
 
-    async def changed(self) -> None:
-        """Until a replica comes, introduces itself, or goes."""
-        await self._changed.wait()
+    def changed(self) -> Awaitable[object]:
+        """Until a replica comes, introduces itself, or goes: from this call on, not from when somebody waits for it."""
+        return self._changed.wait()
 
     def _bump(self) -> None:
         self._changed.set()

@@ -70,7 +70,7 @@ class Replica:
         self.load = wire.Load()
         self.alive = True
         self._sent = 0  # requests since the last report of its load
-        self._refused = 0
+        self._refused = False  # somebody, since then
         self._on_change = on_change
         self._mailboxes: dict[str, Mailbox] = {}
         self._commands: asyncio.Queue[wire.Command] = asyncio.Queue()
@@ -97,8 +97,8 @@ class Replica:
 
     def refuse(self) -> None:
         """Somebody is turned away for want of room here."""
-        self._refused += 1
-        if self._refused == 1:  # one for all until the next report
+        if not self._refused:  # one for all until the next report
+            self._refused = True
             self._commands.put_nowait(wire.Command(refused=1))
 
     def submit(self, request: Request, timeout_s: float | None, some: asyncio.Event) -> Mailbox:
@@ -173,7 +173,7 @@ class Replica:
 
     def _take(self, events: wire.Events) -> None:
         drained = events.load.draining and not self.load.draining
-        self.load, self._sent, self._refused = events.load, 0, 0
+        self.load, self._sent, self._refused = events.load, 0, False
         if drained:
             self._on_change(self)
         if events.description:

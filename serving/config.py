@@ -65,6 +65,9 @@ class ModelSpec(Strict):
     shed_wait_s: float | None = Field(0.5, gt=0)  # a request waits so long before depth is shed; null: never
     min_depth: int | None = Field(None, ge=1)  # down to here, for requests that say nothing; null: not theirs
     max_waiting: int = Field(256, ge=0)  # requests that one replica queues
+    queue_target_s: float | None = Field(1, gt=0)
+    """Where a request waits longer than this and the queue grows, the newest goes first, and, once the queue is full,
+    who has waited ten times as long is refused; null: only a full queue changes its order."""
     batch_invariant: bool = True  # the same numbers in any batch, to the bit; slower prompts
     threads: int | None = Field(
         None, ge=1, le=1024

@@ -29,6 +29,7 @@ class Engine:
         eos_token_ids: Seq[int] = (),
         prefill_tokens: int = 256,
         max_waiting: int = 256,
+        queue_target_s: float | None = None,
         max_tokens: int = 1 << 20,
         clock: Callable[[], float] = time.monotonic,
         observer: Observer | None = None,
@@ -39,8 +40,8 @@ class Engine:
         snapshot_tokens: int = 0,
     ):
         """`max_tokens` bounds prompt and continuation together. Without `grammars` no request may have
-        one. `shed_wait_s` and `min_depth` are the governor's, `prefix_cache_bytes` and
-        `snapshot_tokens` the memory's."""
+        one. `max_waiting` and `queue_target_s` are the waiting queue's, `shed_wait_s` and `min_depth` the
+        governor's, `prefix_cache_bytes` and `snapshot_tokens` the memory's."""
         self.runner = runner
         self.max_tokens = max_tokens
         self.eos_token_ids = tuple(eos_token_ids)
@@ -57,6 +58,7 @@ class Engine:
             budget=TokenBudget(runner.token_capacity),
             prefill_tokens=prefill_tokens,
             max_waiting=max_waiting,
+            queue_target_s=queue_target_s,
             clock=clock,
             shed_wait_s=shed_wait_s,
             min_depth=min_depth,
@@ -124,6 +126,10 @@ class Engine:
         request may just have ended."""
         request = self.scheduler.requests.get(request_id)
         return [] if request is None else self._stop(request, FinishReason.CANCELLED, index)
+
+    def give_up(self) -> list[Request]:
+        """Requests that have waited long while others were refused, and would wait on; they are not there any more."""
+        return self.scheduler.give_up()
 
     def drain(self) -> list[Output]:
         """Take no more requests, and hand over those that there are: what waits or reads its prompt at once, the

@@ -85,6 +85,11 @@ class EngineLoop:
         news: News = []
         while self._commands:
             news += self._commands.popleft()()
+        for request in self.engine.give_up():
+            told = OverloadedError(
+                "more requests come than can be served: this one's turn has not come in time"
+            )
+            news.append(Failed(request.id, told))
         under_way = list(self.engine.scheduler.requests)
         try:
             news += self.engine.step()

@@ -49,6 +49,7 @@ class Scheduler:
         budget: TokenBudget,
         prefill_tokens: int,
         max_waiting: int,
+        queue_target_s: float | None = None,
         clock: Callable[[], float],
         shed_wait_s: float | None = None,
         min_depth: int | None = None,
@@ -73,7 +74,7 @@ class Scheduler:
         self.governor = Governor(shed_wait_s, clock)
         self._fills = fills
         self._one_by_one = one_by_one
-        self._waiting = WaitingQueue(max_waiting)
+        self._waiting = WaitingQueue(max_waiting, queue_target_s, clock)
         self._prefilling: list[Sequence] = []
         self._chunks: list[Chunk] = []
         self._deadlines: list[tuple[float, str]] = []
@@ -125,6 +126,13 @@ class Scheduler:
     def refused(self) -> None:
         """A request was turned away before it came here."""
         self._waiting.refused()
+
+    def give_up(self) -> list[Request]:
+        """Requests that are not going to have their turn; they are out of the queue."""
+        given_up = self._waiting.give_up()
+        for request in given_up:
+            del self.requests[request.id]
+        return given_up
 
     def expired(self) -> Iterator[Request]:
         """Requests whose deadline has passed."""

@@ -3,12 +3,18 @@
 import heapq
 import itertools
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 from models.paths import Path
 from serving.engine.core import Request
+from serving.engine.demand import WINDOW, Demand
 from serving.engine.params import MAX_PRIORITY
+
+PATIENCE = 10
+"""Times its target that anybody waits in a queue that is too small for all who come."""
 
 
 class Place(NamedTuple):
@@ -29,15 +35,28 @@ class WaitingQueue:
     """Start-time fair queuing (Goyal, Vin and Cheng 1996): a request's turn comes after as much work as its owner has
     already asked for. Whoever was idle begins at the present, and saves up nothing.
 
-    Of one owner's requests the first comes first; while the queue has been full of late, the last does. Where more
-    come than can be served all would wait long in their order; so some are served at once, and the others no
-    later than not at all (adaptive LIFO: Maurer, Fail at Scale, ACM Queue 13(8), 2015)."""
+    Of one owner's requests the first comes first; while more come than can be served, the last does. All would wait
+    long in their order; so some are served at once, and the others no later than not at all (adaptive LIFO: Maurer,
+    Fail at Scale, ACM Queue 13(8), 2015). That is while the queue has been full of late, or has kept somebody waiting
+    for longer than its target (Nichols and Jacobson, Controlling Queue Delay, ACM Queue 10(5), 2012) and grows."""
 
-    def __init__(self, most: int = sys.maxsize) -> None:
-        """It is full with `most` requests: callers look, and do not push."""
+    def __init__(
+        self,
+        most: int = sys.maxsize,
+        target_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """It is full with `most` requests: callers look, and do not push. Without a target only a full queue changes
+        its order."""
         self._most = most
+        self._target_s = target_s
+        self._clock = clock
+        self._demand = Demand()
         self._hurried = 0  # how many turns yet the newest goes first
+        self._growing = 0  # the same, as long as somebody waits for longer than the target
+        self._crowded = 0  # how many turns ago at most it was full
         self._heap: list[Place] = []
+        self._requests: dict[str, Request] = {}  # by id, in the order of their arrival
         self._numbers = itertools.count()
         self._now = 0.0  # virtual time: the start of the request that was taken last
         self._ends: dict[str, float] = {}  # virtual end of each owner's newest request
@@ -53,15 +72,23 @@ class WaitingQueue:
     def full(self) -> bool:
         return len(self._heap) >= self._most
 
+    @property
+    def newest_first(self) -> bool:
+        return self._hurried > 0 or self._growing > 0
+
     def refused(self) -> None:
         """Somebody found it full."""
         self._hurried = max(1, self._most // 4)
+        self._crowded = WINDOW
 
     def push(self, request: Request, path: Path) -> None:
         start = max(self._now, self._ends.get(request.owner, 0.0))
         given = 0 if request.reads_only else request.params.n * request.params.max_tokens
         self._ends[request.owner] = start + len(request.prompt) + given
         heapq.heappush(self._heap, Place(-request.priority, start, next(self._numbers), request, path))
+        self._requests[request.id] = request
+        self._demand.came()
+        self._look()
 
     def first(self) -> tuple[Request, Path]:
         """Whose turn it is. Raises IndexError where nobody waits."""
@@ -70,28 +97,22 @@ class WaitingQueue:
 
     def take(self) -> tuple[Request, Path]:
         """Likewise, and out of the queue."""
-        turn, first = self._turn(), heapq.heappop(self._heap)
-        if turn is not first:  # each of the others moves into the place of the next
-            places = sorted(place for place in self._heap if _alike(place, first))
-            others = [place for place in self._heap if not _alike(place, first)]
-            moved = map(Place.taken_by, places, [first, *places])
-            self._heap = [*others, *moved]
-            heapq.heapify(self._heap)
+        turn, first = self._turn(), self._heap[0]
+        self._remove(turn, first)
         self._now = max(self._now, first.start)
-        self._hurried = max(0, self._hurried - 1)
+        self._hurried, self._growing, self._crowded = (
+            max(0, turns - 1) for turns in (self._hurried, self._growing, self._crowded)
+        )
+        self._demand.served()
+        self._look()
         if not self._heap:  # nobody has to wait for anybody
             self._ends.clear()
         return turn.request, turn.path
 
-    def _turn(self) -> Place:
-        first = self._heap[0]
-        if not self._hurried or first.request.priority > MAX_PRIORITY:  # those had their place elsewhere
-            return first
-        return max(place for place in self._heap if _alike(place, first))
-
     def make_room(self, request: Request) -> Request | None:
-        """Takes the last place from the owner who has most of them, two more than the owner of `request` at least, and
-        returns who had it: a full queue is shared fairly, too. None where nobody has, at this priority or below."""
+        """Takes a place from the owner who has most of them, two more than the owner of `request` at least, and
+        returns who had it, the last of them to have had their turn: a full queue is shared fairly, too. None where
+        nobody has, at this priority or below."""
         counts = Counter(place.request.owner for place in self._heap)
         owner, most = max(counts.items(), key=lambda item: (item[1], item[0]), default=("", 0))
         theirs = [
@@ -100,18 +121,71 @@ class WaitingQueue:
         if most < counts[request.owner] + 2 or not theirs:
             return None
         last = max(theirs)
-        self.withdraw(last.request)
-        if self._ends.get(owner, 0.0) > last.start:
-            self._ends[owner] = last.start  # for work that will not be done nobody is to wait
+        if self.newest_first:
+            last = min(self._alike(last))
+        self._refuse(last)
         return last.request
+
+    def give_up(self) -> list[Request]:
+        """Takes out those whose turn is not going to come: who has waited for PATIENCE times the target, while others
+        were refused because the queue was full. Not those who have had their place elsewhere, or a part of their
+        answer."""
+        if self._target_s is None or not self._crowded or not self.newest_first:
+            return []
+        latest = self._clock() - PATIENCE * self._target_s
+        late = itertools.takewhile(lambda request: request.arrival <= latest, self._requests.values())
+        given_up = [r for r in late if r.priority <= MAX_PRIORITY and not r.resumed]
+        for request in given_up:
+            self._refuse(self._place(request))
+        return given_up
 
     def oldest(self) -> float | None:
         """When the one who waits longest arrived."""
-        return min((place.request.arrival for place in self._heap), default=None)
+        return next((request.arrival for request in self._requests.values()), None)
 
     def withdraw(self, request: Request) -> None:
-        self._heap = [place for place in self._heap if place.request is not request]
+        """Somebody does not want to wait any more."""
+        self._refuse(self._place(request))
+        self._demand.went()
+
+    def _turn(self) -> Place:
+        first = self._heap[0]
+        if not self.newest_first or first.request.priority > MAX_PRIORITY:  # those had their place elsewhere
+            return first
+        return max(self._alike(first))
+
+    def _look(self) -> None:
+        """Whether the newest is to go first, from now on."""
+        oldest = self.oldest()
+        if self._target_s is None or oldest is None or self._clock() - oldest <= self._target_s:
+            self._growing = 0
+        elif self._demand.exceeds(len(self._heap)):
+            self._growing = WINDOW
+
+    def _place(self, request: Request) -> Place:
+        return next(place for place in self._heap if place.request is request)
+
+    def _refuse(self, place: Place) -> None:
+        """Take somebody out who has not been served: for work that will not be done nobody is to wait."""
+        owner, last = place.request.owner, max(self._alike(place))
+        self._remove(place, last)
+        if self._ends.get(owner, 0.0) > last.start:
+            self._ends[owner] = last.start
+
+    def _remove(self, place: Place, freed: Place) -> None:
+        """Take somebody out. Those with whom only the order of arrival decided keep it, in all places but `freed`."""
+        del self._requests[place.request.id]
+        if place is freed is self._heap[0]:
+            heapq.heappop(self._heap)
+            return
+        alike = sorted(self._alike(place))
+        others = [other for other in self._heap if not _alike(other, place)]
+        stay, places = ([p for p in alike if p is not gone] for gone in (place, freed))
+        self._heap = [*others, *map(Place.taken_by, places, stay)]
         heapq.heapify(self._heap)
+
+    def _alike(self, place: Place) -> list[Place]:
+        return [other for other in self._heap if _alike(other, place)]
 
 
 def _alike(a: Place, b: Place) -> bool:

@@ -9,6 +9,7 @@ from serving.engine.core import Request
 from serving.engine.depth import DepthPolicy, ExitReason
 from serving.engine.news import FinishReason, Output
 from serving.engine.params import SamplingParams
+from serving.engine.waiting import PATIENCE
 from serving.errors import OverloadedError
 from tests.engine.fake import FakeRunner, assert_no_leak, looped, make_engine, reference
 
@@ -31,24 +32,51 @@ class Day:
     """What came of a stream of requests."""
 
     waits: list[float] = field(default_factory=list)  # to the first token, of those that got one
+    started: dict[int, float] = field(default_factory=dict)  # when each of them got it
+    given_up: dict[int, float] = field(
+        default_factory=dict
+    )  # how long those had waited that were refused late
     failed: int = 0
     outputs: dict[str, Output] = field(default_factory=dict)
 
 
-def live_through(load: float, *, governed: bool, floor: int | None, count: int = 150) -> Day:
+def live_through(
+    load: float,
+    *,
+    governed: bool,
+    floor: int | None,
+    count: int = 150,
+    queue: int = 4 * SLOTS,
+    timeout_s: float = TIMEOUT_S,
+    target_s: float | None = None,
+) -> Day:
     """`load` times the capacity, evenly spaced. Each request has a timeout, and the queue a bound."""
-    runner = FakeRunner(PATH, cost=cost)
-    options = {"shed_wait_s": WAIT_S if governed else None, "min_depth": floor, "max_waiting": 4 * SLOTS}
-    engine = make_engine(runner, SLOTS, **options)
     arrivals = [i / (load * FULL_CAPACITY) for i in range(count)]
+    return live(
+        arrivals,
+        timeout_s,
+        shed_wait_s=WAIT_S if governed else None,
+        min_depth=floor,
+        max_waiting=queue,
+        queue_target_s=target_s,
+    )
+
+
+def live(arrivals: list[float], timeout_s: float, **options: object) -> Day:
+    """A request at each of these times."""
+    runner = FakeRunner(PATH, cost=cost)
+    engine = make_engine(runner, SLOTS, **options)
     day, requests, pending = Day(), [], list(enumerate(arrivals))
     while pending or engine.busy:
         if not engine.busy:
             runner.clock.now = max(runner.clock.now, pending[0][1])
+        for given_up in engine.give_up():
+            day.failed += 1
+            day.given_up[int(given_up.id)] = runner.clock.now - given_up.arrival
         while pending and pending[0][1] <= runner.clock.now:
             i, arrived = pending.pop(0)
             params = SamplingParams(max_tokens=TOKENS, depth="full")
-            request = Request(str(i), [i % 997, 3], params, deadline=arrived + TIMEOUT_S)
+            request = Request(str(i), [i % 997, 3], params, deadline=arrived + timeout_s)
             try:
                 engine.submit(request)
                 requests.append(request)
@@ -56,7 +84,8 @@ def live_through(load: float, *, governed: bool, floor: int | None, count: int =
                 day.failed += 1
         for out in engine.step():
             day.outputs.setdefault(out.request_id, Output(out.request_id, 0)).extend(out)
-    day.waits = [r.first_token - arrivals[int(r.id)] for r in requests if r.first_token is not None]
+    day.started = {int(r.id): r.first_token for r in requests if r.first_token is not None}
+    day.waits = [started - arrivals[number] for number, started in day.started.items()]
     day.failed += sum(out.finish_reason is not FinishReason.LENGTH for out in day.outputs.values())
     assert_no_leak(engine)
     return day
@@ -84,6 +113,39 @@ def test_ten_times_the_capacity_leaves_as_much_goodput_as_its_peak() -> None:
         return sum(w < 2 * WAIT_S for w in day.waits) / seconds
 
     assert goodput(10.0) > 0.9 * max(goodput(load) for load in (0.8, 0.9, 1.0))
+
+
+def in_time(load: float, seconds: float = 20.0) -> float:
+    """Requests a second that have their first token in time. The queue has room for 24 seconds' work."""
+    count = int(load * FULL_CAPACITY * seconds)
+    day = live_through(
+        load, governed=False, floor=None, count=count, queue=256, timeout_s=600, target_s=WAIT_S
+    )
+    return sum(w < 2 * WAIT_S for w in day.waits) / seconds
+
+
+@pytest.fixture(scope="module")
+def peak() -> float:
+    return max(map(in_time, (0.8, 0.9, 1.0)))
+
+
+@pytest.mark.parametrize("load", [1.1, 1.5, 3.0, 10.0])
+def test_a_queue_that_grows_leaves_as_much_goodput_as_its_peak(load: float, peak: float) -> None:
+    """In its order, everybody would have waited for most of it."""
+    assert in_time(load) > 0.9 * peak
+
+
+def test_when_an_overload_is_over_it_is_over() -> None:
+    """Three times the capacity for 30 seconds, then nine tenths of it: soon those who come wait no longer than ever,
+    and those of the overload have been served or told."""
+    crowd = [i / (3 * FULL_CAPACITY) for i in range(int(90 * FULL_CAPACITY))]
+    after = [30 + i / (0.9 * FULL_CAPACITY) for i in range(int(45 * FULL_CAPACITY))]
+    day = live(crowd + after, 600, max_waiting=256, queue_target_s=WAIT_S)
+    waits = [day.started[i] - at for i, at in enumerate(crowd + after) if at > 35 and i in day.started]
+    late = sum(at > 35 for at in after) - len(waits)
+    assert sum(w < 2 * WAIT_S for w in waits) > 0.9 * (len(waits) + late)
+    assert min(day.given_up.values()) >= PATIENCE * WAIT_S
+    assert day.failed == len(crowd + after) - len(day.started), "nobody is left without an answer"
 
 
 def test_with_floors_at_the_full_depth_nothing_changes_but_the_queue() -> None:

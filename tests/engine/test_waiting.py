@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 
 from serving import SamplingParams
 from serving.engine.core import Request
-from serving.engine.waiting import WaitingQueue
-from tests.engine.fake import plain
+from serving.engine.params import MAX_PRIORITY
+from serving.engine.waiting import PATIENCE, WaitingQueue
+from tests.engine.fake import Clock, plain
 
 
 def request(owner: str, number: int, tokens: int = 10, priority: int = 0) -> Request:
@@ -125,3 +126,80 @@ def test_who_lost_a_place_does_not_wait_for_work_that_was_not_done() -> None:
     queue.push(request("b", 1, tokens=2500), plain())
     queue.push(request("b", 2), plain())
     assert [queue.take()[0].id for _ in range(5)] == ["b0", "b1", "a1", "a3", "b2"]
+
+
+def pushed(queue: WaitingQueue, clock: Clock, *requests: Request) -> None:
+    for one in requests:
+        one.arrival = clock.now
+        queue.push(one, plain())
+
+
+def test_a_queue_that_is_long_and_does_not_grow_is_served_in_order() -> None:
+    """60 users who ask again when they have their answer, of which there are four a second: nobody is forgotten."""
+    clock = Clock()
+    queue, waits = WaitingQueue(256, 1.0, clock), []
+    pushed(queue, clock, *(request("a", number) for number in range(60)))
+    for number in range(60, 3000):
+        clock.now += 0.25
+        waits.append(clock.now - queue.take()[0].arrival)
+        pushed(queue, clock, request("a", number))
+    assert max(waits[1000:]) == 15.0 and not queue.newest_first
+
+
+def test_a_queue_that_grows_beyond_its_target_serves_the_newest_until_nobody_waits_so_long() -> None:
+    clock = Clock()
+    queue, number = WaitingQueue(256, 1.0, clock), 0
+    while not queue.newest_first:
+        assert not number or queue.take()[0].id == f"a{number // 2 - 1}", "in order, so far"
+        clock.now += 0.1
+        pushed(queue, clock, request("a", number), request("a", number + 1))
+        number += 2
+    assert 1.0 < clock.now < 3.0
+    assert queue.take()[0].id == f"a{number - 1}"
+    while queue.newest_first:
+        clock.now += 0.01
+        queue.take()
+    oldest = queue.oldest()
+    assert oldest is None or clock.now - oldest <= 1.0
+
+
+def test_who_has_waited_in_vain_is_told_once_others_are_refused() -> None:
+    clock = Clock()
+    queue = WaitingQueue(8, 1.0, clock)
+    moved = request("a", 1, priority=MAX_PRIORITY + 1)
+    begun = request("a", 2)
+    begun.resumed = [5]
+    pushed(queue, clock, request("a", 0), moved, begun, request("b", 3))
+    clock.now += PATIENCE - 1
+    pushed(queue, clock, *(request("a", number) for number in range(4, 8)))
+    clock.now += 1
+    assert queue.full and not queue.give_up(), "nobody is refused yet"
+    queue.refused()
+    assert [r.id for r in queue.give_up()] == ["a0", "b3"], (
+        "a place elsewhere, or a part of an answer, is kept"
+    )
+    assert not queue.give_up() and len(queue) == 6
+    assert sorted(drained(queue)) == ["a1", "a2", "a4", "a5", "a6", "a7"]
+
+
+def test_without_a_target_nobody_is_given_up() -> None:
+    clock = Clock()
+    queue = WaitingQueue(1, None, clock)
+    pushed(queue, clock, request("a", 0))
+    queue.refused()
+    clock.now = 1e6
+    assert not queue.give_up()
+
+
+def test_whoever_cancels_does_not_wait_for_what_was_cancelled() -> None:
+    queue = WaitingQueue()
+    many = [request("a", number, tokens=100) for number in range(50)]
+    for one in many:
+        queue.push(one, plain())
+    for one in many[:-1]:
+        queue.withdraw(one)
+    for number in range(5):
+        queue.push(request("b", number, tokens=100), plain())
+    queue.push(request("a", 50, tokens=100), plain())
+    served = drained(queue)
+    assert served[0] == "a49" and served.index("a50") <= 3

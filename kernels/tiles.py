@@ -4,6 +4,8 @@ Never `triton.autotune`: it runs a kernel several times to time it, and these ke
 place.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +32,28 @@ class Tile:
     warps: int
 
 
+class _Forced:
+    tile: Tile | None = None
+
+
+@contextmanager
+def force(tile: Tile) -> Iterator[None]:
+    """Every launch within takes this tile, whatever the table says: for measuring the table."""
+    _Forced.tile = tile
+    try:
+        yield
+    finally:
+        _Forced.tile = None
+
+
 def tile(op: str, rows: int, columns: int, grid: int, device: torch.device) -> Tile:
     """The tile for a state [rows, columns], `grid` such states in the launch.
 
     A small grid wants narrow tiles, so that every multiprocessor has work; a large one wants tiles wide
     enough for 128-bit loads, and few registers a thread.
     """
+    if _Forced.tile is not None:
+        return _Forced.tile
     limits = _LIMITS.get(op, _OTHERS)
     widest = max(4, limits.elements // _power(rows))
     wanted = limits.narrow if grid < 256 else limits.wide

@@ -1,14 +1,19 @@
-"""Shared by all tests. Triton kernels run in the interpreter: it must be chosen before they are decorated."""
+"""Shared by all tests. Without a GPU, Triton kernels run in the interpreter: it must be chosen before they are
+decorated."""
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+import torch
+
+if torch.cuda.is_available():
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # of those libraries' kernels that ask for nothing
+else:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FATHOM_THREADS", "1")  # tiny sizes; and each worker of pytest-xdist has a processor
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 from kernels.invariance import use_invariance

@@ -152,7 +152,7 @@ def _on_gpu(
     _, _, H, K, V = pool.shape
     out = torch.empty_like(v)
     size = tile("delta", K, V, slots.shape[0] * H, pool.device)
-    delta_step_kernel[(triton.cdiv(V, size.block_v), slots.shape[0] * H)](
+    delta_step_kernel[(triton.cdiv(V, size.block_v) * slots.shape[0] * H,)](
         q, k, v, beta, g, a, b, pool, slots, depths, offsets, out, scale, pool.stride(0), pool.stride(1),
         H=H, HQ=q.shape[1], HK=k.shape[1], HG=g.shape[1], K=K, V=V,
         BLOCK_K=triton.next_power_of_2(K), BLOCK_V=size.block_v, DECAY=decay, DPLR=a is not q,

@@ -41,15 +41,17 @@ def delta_step_kernel(
     DECAY: tl.constexpr,
     DPLR: tl.constexpr,
 ):
-    segment = tl.program_id(1) // H
-    h = tl.program_id(1) % H
+    blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    state = tl.program_id(0) // blocks  # not an axis of its own: those end at 65,535
+    segment = state // H
+    h = state % H
     slot = tl.load(slots_ptr + segment).to(tl.int64)
     depth = tl.load(depths_ptr + segment).to(tl.int64)
     first = tl.load(offsets_ptr + segment)
     last = tl.load(offsets_ptr + segment + 1)
 
     i = tl.arange(0, BLOCK_K)
-    j = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    j = tl.program_id(0) % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
     in_k, in_v = i < K, j < V
     # slot * stride passes 2^31 at a few thousand slots: the product is 64-bit.
     at = slot * slot_stride + depth * depth_stride + h * K * V

@@ -115,7 +115,7 @@ def _on_gpu(
     HO = max(H, q.shape[1])
     out = q.new_empty(q.shape[0], HO, V)
     size = tile("outer", K, V, slots.shape[0] * H, pool.device)
-    outer_step_kernel[(triton.cdiv(V, size.block_v), slots.shape[0] * H)](
+    outer_step_kernel[(triton.cdiv(V, size.block_v) * slots.shape[0] * H,)](
         q, k, v, g, q if bonus is None else bonus.contiguous(), pool, slots, depths, offsets, out,
         scale, pool.stride(0), pool.stride(1),
         H=H, HQ=q.shape[1], HK=k.shape[1], HV=v.shape[1], HG=g.shape[1], HO=HO, K=K, V=V,

@@ -150,7 +150,7 @@ def _on_gpu(
     M, V = w.shape[3], w.shape[4]
     out = _shape_only(p, k, w, transition, pool, slots, depths, offsets)
     columns = block_v(J, K, V)
-    plstm_step_kernel[(triton.cdiv(V, columns), slots.shape[0] * H)](
+    plstm_step_kernel[(triton.cdiv(V, columns) * slots.shape[0] * H,)](
         p.contiguous(), k.contiguous(), w.contiguous(), transition.contiguous(), pool,
         slots, depths, offsets, out, pool.stride(0), pool.stride(1),
         H=H, Y=Y, J=J, M=M, K=K, V=V, BLOCK_J=triton.next_power_of_2(J),

@@ -30,15 +30,17 @@ def plstm_step_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    segment = tl.program_id(1) // H
-    h = tl.program_id(1) % H
+    blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    state = tl.program_id(0) // blocks  # not an axis of its own: those end at 65,535
+    segment = state // H
+    h = state % H
     slot = tl.load(slots_ptr + segment).to(tl.int64)
     depth = tl.load(depths_ptr + segment).to(tl.int64)
     first = tl.load(offsets_ptr + segment)
     last = tl.load(offsets_ptr + segment + 1)
 
     j, i = tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_K)
-    x = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    x = tl.program_id(0) % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
     in_j, in_k, in_v = j < J, i < K, x < V
     in_jk = in_j[:, None] & in_k[None, :]
     inside = in_jk[:, :, None] & in_v[None, None, :]

@@ -146,19 +146,19 @@ def _functional_naive(packed: list[Tensor], state: tuple[Tensor, ...]) -> Tensor
     return torch.stack(outs)
 
 
-def test_slot_index_arithmetic_is_64_bit() -> None:
+@pytest.mark.parametrize("implementation", [_on_cpu, _on_gpu], ids=["numba", "triton"])
+def test_slot_index_arithmetic_is_64_bit(implementation) -> None:  # type: ignore[no-untyped-def]
     """The normaliser of a slot beyond 2^31 elements. The pool is virtual memory; little of it is ever
     touched."""
     (q, k, v, i, f), (C, n, m), offsets = inputs([1], 4, 64, 4)
     slot = 2**31 // (4 * 64) + 5
     _expected, (_, n_end, m_end) = naive((q, k, v, i, f), (C, n, m), offsets)
-    for implementation in (_on_cpu, _on_gpu):
-        n_pool, m_pool = torch.empty(slot + 1, 1, 4, 64), torch.empty(slot + 1, 1, 4)
-        n_pool[slot, 0], m_pool[slot, 0] = n[0], m[0]
-        index = torch.tensor([slot]), torch.tensor([0]), offsets
-        implementation(q, k, i, f, n_pool, m_pool, *index, SCALE, 1e-6)
-        torch.testing.assert_close(n_pool[slot, 0], n_end[0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(m_pool[slot, 0], m_end[0], rtol=1e-4, atol=1e-4)
+    n_pool, m_pool = torch.empty(slot + 1, 1, 4, 64), torch.empty(slot + 1, 1, 4)
+    n_pool[slot, 0], m_pool[slot, 0] = n[0], m[0]
+    index = torch.tensor([slot]), torch.tensor([0]), offsets
+    implementation(q, k, i, f, n_pool, m_pool, *index, SCALE, 1e-6)
+    torch.testing.assert_close(n_pool[slot, 0], n_end[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(m_pool[slot, 0], m_end[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("K", [64, 256])

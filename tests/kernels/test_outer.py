@@ -13,6 +13,7 @@ from tests.kernels.compile_ahead import compile_ahead
 from tests.kernels.pools import poisoned_pool, untouched
 
 DECAYS = ["none", "head", "channel"]
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [_on_cpu, _on_gpu], ids=["numba", "triton"])
 
 
 def inputs(
@@ -59,7 +60,7 @@ def test_scan_equals_naive(
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("implementation", [_on_cpu, _on_gpu], ids=["numba", "triton"])
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("bonus", [False, True], ids=["plain", "bonus"])
 @pytest.mark.parametrize("heads", [(3, 3, 3), (4, 2, 2), (2, 2, 6)], ids=["equal", "grouped_q", "grouped_qk"])
@@ -101,31 +102,31 @@ def test_training_gradient_equals_autograd_through_the_scan(decay: str, heads: t
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_slot_index_arithmetic_is_64_bit() -> None:
+@IMPLEMENTATIONS
+def test_slot_index_arithmetic_is_64_bit(implementation) -> None:  # type: ignore[no-untyped-def]
     """A slot whose offset passes 2^31 elements. The pool is virtual memory; only two slots of it are ever touched."""
     H, K, V, slot = 4, 64, 64, 140_000
     assert slot * H * K * V > 2**31
     q, k, v, _, _, states, offsets = inputs([1], (H, H, H), K, V, "none", False)
     expected, _ = outer_naive(q, k, v, None, states[0], 0.3)
-    for implementation in (_on_cpu, _on_gpu):
-        pool = torch.empty(slot + 1, 1, H, K, V)
-        pool[slot, 0] = states[0]
-        index = torch.tensor([slot]), torch.tensor([0]), offsets
-        got = implementation(q, k, v, None, None, pool, *index, 0.3)
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    pool = torch.empty(slot + 1, 1, H, K, V)
+    pool[slot, 0] = states[0]
+    index = torch.tensor([slot]), torch.tensor([0]), offsets
+    got = implementation(q, k, v, None, None, pool, *index, 0.3)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_padded_rows_leave_live_slots_alone() -> None:
+@IMPLEMENTATIONS
+def test_padded_rows_leave_live_slots_alone(implementation) -> None:  # type: ignore[no-untyped-def]
     q, k, v, g, _, states, offsets = inputs([1, 1, 1], (2, 2, 2), 4, 4, "head", False)
     expected, ends = naive(q, k, v, g, None, states, offsets)
     slots, depths = torch.tensor([2, 0, 0]), torch.tensor([0, 0, 0])
-    for implementation in (_on_cpu, _on_gpu):
-        pool = torch.zeros(4, 1, *states.shape[1:])
-        pool[2, 0] = states[0]
-        got = implementation(q, k, v, g, None, pool, slots, depths, offsets, 0.3)
-        torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(pool[2, 0], ends[0], rtol=1e-5, atol=1e-5)
-        assert not pool[1].any() and not pool[3].any()
+    pool = torch.zeros(4, 1, *states.shape[1:])
+    pool[2, 0] = states[0]
+    got = implementation(q, k, v, g, None, pool, slots, depths, offsets, 0.3)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pool[2, 0], ends[0], rtol=1e-5, atol=1e-5)
+    assert not pool[1].any() and not pool[3].any()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """flash-linear-attention's models on a CPU: its own configurations, blocks and layers, with plain torch in
 place of every Triton kernel. What its `naive.py` files have is taken from there.
 
-Importing this module rebinds those functions in every module of the library that holds one.
+Importing this module rebinds those functions in every module of the library that holds one. Where there is a GPU, the
+library runs as it is.
 """
 
 import sys
@@ -36,7 +37,9 @@ with warnings.catch_warnings():
 
 
 def rebind(module: Any, name: str, ours: Callable[..., Any]) -> None:
-    """Put `ours` in place of a function, wherever the library has imported it."""
+    """Put `ours` in place of a function, wherever the library has imported it, unless there is a GPU to run theirs."""
+    if torch.cuda.is_available():
+        return
     theirs = getattr(module, name)
     for holder in [m for n, m in sys.modules.items() if n.startswith("fla.") and m is not None]:
         for key, value in list(vars(holder).items()):
@@ -100,7 +103,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fa
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int, int]) -> Tensor:
     assert causal
-    place = torch.arange(q.shape[1])
+    place = torch.arange(q.shape[1], device=q.device)
     seen = place[:, None] >= place
     if window_size[0] >= 0:
         seen &= place[:, None] - place <= window_size[0]
@@ -197,7 +200,8 @@ rebind(fused_k_update, "fused_k_rwkv7", fused_k_update.k_update_ref)
 rebind(gate_output_correction, "gate_output_correction", gate_output_correction.gate_output_correction_ref)
 rebind(rotary.ops, "rotary_embedding", rotary_embedding)
 rebind(convolution.ops, "causal_conv1d", causal_conv1d)
-convolution.ShortConvolution.forward = short_convolution
+if not torch.cuda.is_available():
+    convolution.ShortConvolution.forward = short_convolution
 fla.layers.attn.flash_attn_func = flash_attention
 
 _gla = {

@@ -60,14 +60,16 @@ def assert_equal(
     prompts = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in lengths]
     whole = _run(loaded, prompts, prefill_tokens=4096)
     for prompt, (ids, scores) in zip(prompts, whole, strict=True):
-        expected = logits(torch.tensor(prompt + ids)).float()
+        expected = logits(torch.tensor(prompt + ids)).float().cpu()
         greedy = expected[len(prompt) - 1 : -1].argmax(-1).tolist()
         assert ids == greedy, f"{len(prompt)} tokens: {ids} after the prompt, the reference has {greedy}"
         logprobs = expected.log_softmax(-1)[torch.arange(len(scores)), (prompt + ids)[1:]]
         apart = (torch.tensor(scores) - logprobs).abs().max()
         assert apart < tolerance, f"{len(prompt)} tokens: log-probabilities are {apart:.2g} apart"
         if len(prompt) == max(lengths):  # the way of training, without a pool of states, and all in parallel
-            trained = loaded.model(torch.tensor(prompt + ids), Batch.of_sequences([len(prompt + ids)]))
+            device = loaded.model.device
+            batch = Batch.of_sequences([len(prompt + ids)], device)
+            trained = loaded.model(torch.tensor(prompt + ids, device=device), batch).cpu()
             torch.testing.assert_close(
                 trained.log_softmax(-1), expected.log_softmax(-1), atol=5 * tolerance, rtol=0
             )

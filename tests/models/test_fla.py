@@ -98,6 +98,9 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def build(case: str, **options: Any) -> Any:
     """A model of the library with random weights."""
     name = case.split("-")[0]
@@ -142,8 +145,10 @@ def test_equals_the_library(case: str, tmp_path: Path, monkeypatch: pytest.Monke
     model = build(case, **CASES[case])
     save(model, tmp_path, apart=case == "linear_attn-shared")
 
+    model.to(DEVICE)
+
     def logits(ids: Tensor) -> Tensor:
-        return model(ids[None], use_cache=False).logits[0]
+        return model(ids.to(DEVICE)[None], use_cache=False).logits[0]
 
     with torch.no_grad():
         assert_equal(tmp_path, logits)

@@ -18,6 +18,10 @@ from serving.gateway.requests import Ask, Piece
 
 M = TypeVar("M", bound=Message)
 
+DEADLINE = "grpc-deadline"
+"""Among what came with a call: when its client stops waiting, in seconds on the monotonic clock. It is the door that
+writes it there; gRPC keeps such names to itself."""
+
 FINISH = {
     FinishReason.STOP: pb.STOP,
     FinishReason.LENGTH: pb.LENGTH,
@@ -51,6 +55,10 @@ def _refuse_unknown(message: Message) -> None:
             _refuse_unknown(part)
 
 
+def deadline_of(metadata: Mapping[str, str]) -> float | None:
+    return float(metadata[DEADLINE]) if DEADLINE in metadata else None
+
+
 def ask_from(request: pb.GenerateRequest, metadata: Mapping[str, str]) -> Ask:
     """Raises InvalidArgumentError."""
     return Ask(
@@ -60,6 +68,7 @@ def ask_from(request: pb.GenerateRequest, metadata: Mapping[str, str]) -> Ask:
             request.sampling, policy_from(request.depth) if request.HasField("depth") else None
         ),
         timeout_s=request.timeout_s if request.HasField("timeout_s") else None,
+        deadline=deadline_of(metadata),
         request_id=request.request_id,
         priority=request.priority,
         session_id=request.session_id,
@@ -76,6 +85,7 @@ def ask_from_score(request: pb.ScoreRequest, metadata: Mapping[str, str]) -> Ask
         model=request.model,
         params=SamplingParams(depth=policy_from(request.depth) if request.HasField("depth") else None),
         timeout_s=request.timeout_s if request.HasField("timeout_s") else None,
+        deadline=deadline_of(metadata),
         request_id=request.request_id,
         priority=request.priority,
         traceparent=metadata.get("traceparent", ""),

@@ -13,6 +13,7 @@ from protos.inference import grpc_service_pb2 as wire
 from serving.engine.news import Output, Usage
 from serving.engine.params import GRAMMARS, Grammar, SamplingParams
 from serving.errors import InvalidArgumentError, NotFoundError
+from serving.gateway.convert import deadline_of
 from serving.gateway.keys import credential_of
 from serving.gateway.requests import Ask, unique
 from serving.gateway.tensors import Tensor, add_output, read_inputs
@@ -93,6 +94,7 @@ def infer_from(request: wire.ModelInferRequest, metadata: Mapping[str, str]) -> 
         model=request.model_name,
         params=SamplingParams(**params),
         timeout_s=_timeout(settings),
+        deadline=deadline_of(metadata),
         request_id=unique(request.id),
         priority=_priority(settings.get("priority", 0)),
         traceparent=metadata.get("traceparent", ""),

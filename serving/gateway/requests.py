@@ -45,6 +45,7 @@ class Ask:
     model: str = ""
     params: SamplingParams = field(default_factory=SamplingParams)
     timeout_s: float | None = None
+    deadline: float | None = None  # on the monotonic clock: its client waits no longer
     request_id: str = ""
     priority: int = 0
     session_id: str = ""
@@ -135,7 +136,7 @@ class Requests:
                                 journey.finish_reason is FinishReason.DEADLINE
                                 and piece.news.usage is not None
                             ):
-                                raise DeadlineExceededError(f"timeout_s = {self._timeout(ask):g} is over")
+                                raise self._over(ask)
 
     async def _pieces(
         self, request: Request, texts: list[TextStream], journey: Journey
@@ -187,7 +188,7 @@ class Requests:
                     async for out in journey.news():
                         whole.extend(out)
             if whole.finish_reason is FinishReason.DEADLINE:
-                raise DeadlineExceededError(f"timeout_s = {self._timeout(ask):g} is over")
+                raise self._over(ask)
         return prepared.prompt, whole
 
     @contextmanager
@@ -284,6 +285,16 @@ class Requests:
             raise InvalidArgumentError("timeout_s", ask.timeout_s, limit)
         return ask.timeout_s
 
+    def _deadline(self, ask: Ask) -> float:
+        """When the request has to be done, on the monotonic clock: its timeout's end, or its client's own deadline."""
+        own = time.monotonic() + self._timeout(ask)
+        return own if ask.deadline is None else min(own, ask.deadline)
+
+    def _over(self, ask: Ask) -> DeadlineExceededError:
+        if ask.deadline is not None and ask.deadline <= time.monotonic():
+            return DeadlineExceededError("the client's deadline is over")
+        return DeadlineExceededError(f"timeout_s = {self._timeout(ask):g} is over")
+
     @asynccontextmanager
     async def _journey(self, request: Request, ask: Ask, record: Record) -> AsyncIterator[Journey]:
         """A request under way; nothing is left of it on any replica afterwards."""
@@ -293,7 +304,7 @@ class Requests:
             self.fleet,
             model,
             request,
-            deadline=time.monotonic() + self._timeout(ask),
+            deadline=self._deadline(ask),
             resumes=self._spec.on_replica_loss == "resume",
             patience_s=self._spec.resume_timeout_s,
         )

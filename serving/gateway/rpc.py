@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import grpc
 from google.protobuf.message import Message
@@ -36,6 +37,13 @@ class Context(Protocol):
     def set_code(self, code: grpc.StatusCode) -> None: ...
     def set_details(self, details: str) -> None: ...
     def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]: ...
+
+
+@runtime_checkable
+class Timed(Protocol):
+    """A context that knows how long its client will wait. Ray Serve's does not."""
+
+    def time_remaining(self) -> float | None: ...
 
 
 class StreamEndedError(Exception):
@@ -220,5 +228,10 @@ def _bounded(details: str) -> str:
 
 
 def _metadata(context: Context) -> dict[str, str]:
-    """The text that came with a call, by its key; of a key given twice, the last."""
-    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    """The text that came with a call, by its key (of a key given twice, the last), and its deadline."""
+    found = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    found.pop(convert.DEADLINE, None)
+    left = context.time_remaining() if isinstance(context, Timed) else None
+    if left is not None:
+        found[convert.DEADLINE] = repr(time.monotonic() + left)
+    return found

@@ -225,6 +225,34 @@ async def test_open_streams_that_ask_for_nothing_are_bounded(folder: Path) -> No
         last.cancel()
 
 
+@pytest.mark.parametrize(("field", "client"), [(None, 30.0), (60.0, 30.0), (20.0, 30.0), (20.0, None)])
+async def test_the_engine_is_told_of_the_sooner_of_two_deadlines(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, field: float | None, client: float | None
+) -> None:
+    """A request's field, and the deadline of the call: depth that keeps to a deadline has to know it."""
+    async with (
+        house(folder) as h,
+        grpc_port(h.rpc) as address,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        (replica,), told = h.replicas, []
+        submit = replica._submit
+        monkeypatch.setattr(replica, "_submit", lambda s, link: (told.append(s.timeout_s), submit(s, link)))
+        sampling = pb.SamplingParams(max_tokens=2)
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        forged = (("grpc-deadline", "1"),) if client is None else ()
+        request = pb.GenerateRequest(text="def f", sampling=sampling, timeout_s=field)
+        async for _ in stub.Generate(request, timeout=client, metadata=forged):
+            pass
+        await stub.Score(pb.ScoreRequest(text="def f", timeout_s=field), timeout=client)
+        given = {} if field is None else {"timeout_s": grpc_service_pb2.InferParameter(double_param=field)}
+        infer = grpc_service_pb2.ModelInferRequest(model_name=folder.name, parameters=given)
+        infer.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"d")
+        await grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(infer, timeout=client)
+        sooner = min(given for given in (field, client) if given is not None)
+        assert told == [pytest.approx(sooner, abs=8)] * 3 and max(told) <= sooner + 0.1
+
+
 async def test_a_clients_own_deadline_frees_the_slot(folder: Path) -> None:
     ids = [i % 290 + 1 for i in range(60_000)]
     async with (

@@ -16,14 +16,18 @@ class _Limits:
     elements: int  # of the state in the registers of one program, at most
     narrow: int  # columns of one program in a small grid
     wide: int  # and in a large one
-    per_warp: int  # elements
+    alone: int  # elements that one warp takes without another
+    per_warp: int  # elements of each where there are several
 
 
 # Delta sums over the rows twice a token: few warps, because sums across warps go through shared memory. A
 # diagonal transition is as large as the state and lies in registers as well; its columns are channels, of
-# which a warp should load whole lines.
-_LIMITS = {"delta": _Limits(4096, 8, 32, 1024), "diagonal": _Limits(4096, 32, 128, 512)}
-_OTHERS = _Limits(8192, 8, 32, 1024)
+# which a warp should load whole lines. Measured by `python -m kernels.bench.tune` (kernels/RESULTS.md).
+_LIMITS = {
+    "delta": _Limits(8192, narrow=8, wide=64, alone=4096, per_warp=2048),
+    "diagonal": _Limits(4096, narrow=32, wide=128, alone=512, per_warp=512),
+}
+_OTHERS = _Limits(16384, narrow=8, wide=64, alone=2048, per_warp=2048)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +63,7 @@ def tile(op: str, rows: int, columns: int, grid: int, device: torch.device) -> T
     wanted = limits.narrow if grid < 256 else limits.wide
     block = min(_power(columns), widest, wanted)
     size = _power(rows) * block
-    if op not in _LIMITS:
-        return Tile(block, warps=1 if size <= limits.per_warp else 4)
-    return Tile(block, warps=max(1, size // limits.per_warp))
+    return Tile(block, warps=1 if size <= limits.alone else size // limits.per_warp)
 
 
 def _power(n: int) -> int:

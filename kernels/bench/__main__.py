@@ -27,21 +27,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[measure.Row] = []
     if not torch.cuda.is_available():
         print("No GPU: nothing is timed. Agreement with the naive recurrence, interpreted, small sizes:")
-        rows += [measure.Row(case.name, 0, measure.check(case.build_small())) for case in cases]
+        print(measure.HEAD)
+        for case in cases:
+            rows.append(measure.Row(case.name, 0, measure.check(case.build_small())))
+            print(measure.line(rows[-1]), flush=True)
         report = measure.as_json(rows, None, None)
     else:
         device, clock = torch.device("cuda"), measure.DeviceClock()
         copied = measure.copy_bandwidth(clock, device)
         print(f"{torch.cuda.get_device_name()}: a copy moves {copied / 1e9:.0f} GB/s")
+        print(measure.HEAD)
         for case in cases:
             for units in options.units or measure.UNITS:
                 try:
                     rows.append(measure.measure(case, units, case.build(units, device), copied, clock))
+                    print(measure.line(rows[-1]), flush=True)
                 except torch.cuda.OutOfMemoryError:
                     print(f"{case.name}: {units} states do not fit")
                 torch.cuda.empty_cache()
         report = measure.as_json(rows, torch.cuda.get_device_name(), copied)
-    print(measure.table(rows))
     print(json.dumps(report))
     return 0 if report["agrees"] else 1
 

@@ -63,9 +63,9 @@ def measure(case: Case, units: int, trial: Trial, copy_bytes_per_second: float, 
     )  # fmt: skip
 
 
-def copy_bandwidth(clock: Clock, device: torch.device, size: int = 1 << 30) -> float:
-    """Bytes a second, read and written, of a copy on the device."""
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+def copy_bandwidth(clock: Clock, device: torch.device, size: int = 1 << 32) -> float:
+    """Bytes a second, read and written, of a copy of so many bytes on the device."""
+    source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     return 2 * size / clock.seconds(lambda: target.copy_(source))
 
@@ -87,18 +87,19 @@ class DeviceClock:
         return median / 1e3
 
 
-def table(rows: Sequence[Row]) -> str:
-    lines = [f"{'case':24}{'units':>7}{'us':>10}{'of copy':>9}{'x fla':>8}{'x compiled':>12}  error"]
-    for row in rows:
-        cells = (row.microseconds, row.share_of_copy, row.over_fla, row.over_compiled)
-        texts = [
-            "-" if x is None else f"{x:{form}}"
-            for x, form in zip(cells, (".1f", ".0%", ".2f", ".2f"), strict=True)
-        ]
-        note = "" if row.agrees else "  DISAGREES: not timed"
-        figures = f"{texts[0]:>10}{texts[1]:>9}{texts[2]:>8}{texts[3]:>12}"
-        lines.append(f"{row.case:24}{row.units:7}{figures}  {row.error:.0e}{note}")
-    return "\n".join(lines)
+HEAD = f"{'case':24}{'units':>7}{'us':>10}{'of copy':>9}{'x fla':>8}{'x compiled':>12}  error"
+
+
+def line(row: Row) -> str:
+    """A row of the table below HEAD."""
+    cells = (row.microseconds, row.share_of_copy, row.over_fla, row.over_compiled)
+    texts = [
+        "-" if x is None else f"{x:{form}}"
+        for x, form in zip(cells, (".1f", ".0%", ".2f", ".2f"), strict=True)
+    ]
+    note = "" if row.agrees else "  DISAGREES: not timed"
+    figures = f"{texts[0]:>10}{texts[1]:>9}{texts[2]:>8}{texts[3]:>12}"
+    return f"{row.case:24}{row.units:7}{figures}  {row.error:.0e}{note}"
 
 
 def as_json(rows: Sequence[Row], device: str | None, copy_bytes_per_second: float | None) -> dict[str, Any]:
@@ -111,4 +112,15 @@ def as_json(rows: Sequence[Row], device: str | None, copy_bytes_per_second: floa
     }
 
 
-__all__ = ["UNITS", "Clock", "DeviceClock", "Row", "as_json", "check", "copy_bandwidth", "measure", "table"]
+__all__ = [
+    "HEAD",
+    "UNITS",
+    "Clock",
+    "DeviceClock",
+    "Row",
+    "as_json",
+    "check",
+    "copy_bandwidth",
+    "line",
+    "measure",
+]

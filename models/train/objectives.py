@@ -45,32 +45,33 @@ def gated_loops(model: Decoder, ids: Tensor, targets: Tensor, batch: Batch, step
 
 
 def _all_loops(model: LoopedDecoder, ids: Tensor, targets: Tensor, batch: Batch) -> Tensor:
-    core, coda, gate = model.cores[0], model.cores.stop, model.signals["gate"]
+    core, coda = model.cores[0], model.cores.stop
     rows = _before_core(model, ids, batch)
     losses, still, gates = [], torch.ones(len(ids), device=ids.device), []
     for depth in range(model.loop.depths):
         rows = model.run(core, rows, batch.at_depth(depth), None)
         logits = model.logits(model.run(coda, rows, batch.at_depth(0), None))
         losses.append(F.cross_entropy(logits, targets, reduction="none"))
-        left = rows[:, gate].float()
+        left = model.signal("gate", rows)
         gates.append((1 - (1 - left) / still.clamp_min(1e-6)).clamp(1e-6, 1 - 1e-6))  # of this pass alone
         still = 1 - left
     each = torch.stack(losses)  # [depths, T]
     later = torch.stack([each[d + 1 :].amin(0) for d in range(len(each) - 1)]).detach()
     enough = (each[:-1].detach() <= later + HELPED).float()
-    learnt = F.binary_cross_entropy(torch.stack(gates[:-1]), enough)
+    with torch.autocast(ids.device.type, enabled=False):
+        learnt = F.binary_cross_entropy(torch.stack(gates[:-1]), enough)
     return each.mean() + 0.1 * learnt
 
 
 def _leaving(model: LoopedDecoder, ids: Tensor, targets: Tensor, batch: Batch, step: int) -> Tensor:
-    core, coda, gate = model.cores[0], model.cores.stop, model.signals["gate"]
+    core, coda = model.cores[0], model.cores.stop
     rows = _before_core(model, ids, batch)
     random = torch.Generator(device="cpu").manual_seed(step)
     going = torch.arange(len(ids), device=ids.device)
     for depth in range(model.loop.depths):
         after = model.run(core, rows[going], _some(batch, going, depth), None)
         rows = rows.index_copy(0, going, after)
-        chance = 0.5 * after[:, gate].detach().float().cpu() + 0.5 / model.loop.depths
+        chance = 0.5 * model.signal("gate", after).detach().cpu() + 0.5 / model.loop.depths
         stays = torch.rand(len(going), generator=random) >= chance
         going = going[stays.to(going.device)]
         if not len(going):

@@ -21,7 +21,7 @@ def test_buckets_are_few_and_near() -> None:
 
 
 def test_padded_rows_change_nothing_for_the_others(tmp_path: Path) -> None:
-    model = load(tiny.checkpoint(tmp_path, tiny.LOOPED, text=False), dtype="float32").model
+    model = load(tiny.checkpoint(tmp_path, tiny.LOOPED, text=False), dtype="float32", device="cpu").model
     ids, slots, depths = torch.tensor([3, 7, 9]), torch.tensor([4, 1, 2]), torch.tensor([0, 2, 1])
     batch = Batch(slots, depths, torch.arange(4), torch.tensor([5, 0, 2]), seeds=torch.tensor([1, 2, 3]))
     made = []

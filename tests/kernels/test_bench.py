@@ -12,7 +12,7 @@ import torch
 from kernels.bench.__main__ import main
 from kernels.bench.case import Case, Trial
 from kernels.bench.cases import CASES
-from kernels.bench.measure import Row, as_json, check, copy_bandwidth, measure, table
+from kernels.bench.measure import Row, as_json, check, copy_bandwidth, line, measure
 
 BY_NAME = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -101,7 +101,7 @@ def test_ratios() -> None:
     assert row.microseconds == pytest.approx(2.0)
     assert row.share_of_copy == pytest.approx(0.8)
     assert row.over_fla == pytest.approx(1.5) and row.over_compiled == pytest.approx(2.5)
-    assert "80%" in table([row]) and as_json([row], "gpu", 2.5e9)["rows"][0]["units"] == 64
+    assert "80%" in line(row) and as_json([row], "gpu", 2.5e9)["rows"][0]["units"] == 64
 
 
 def test_a_disagreeing_case_is_never_timed() -> None:

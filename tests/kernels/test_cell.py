@@ -39,7 +39,8 @@ def _with(choice, *args):  # type: ignore[no-untyped-def]
 
 def _wide(*args):  # type: ignore[no-untyped-def]
     kept, ops.WIDE, blocks = ops.WIDE, 0, dict(ops.WIDE_BLOCKS)
-    ops.WIDE_BLOCKS.update(BLOCK_D=4, BLOCK_K=4)
+    least = 16 if torch.cuda.is_available() else 4  # of a product, on a tensor core
+    ops.WIDE_BLOCKS.update(BLOCK_D=least, BLOCK_K=least)
     try:
         return _on_gpu(*args)
     finally:

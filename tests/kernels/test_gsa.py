@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.outer import _on_cpu, _on_gpu, outer, outer_naive, outer_scan
 from kernels.outer.gsa import gsa, gsa_naive, gsa_scan
+from kernels.tiles import tile
 from tests.kernels.compile_ahead import compile_ahead
 from tests.kernels.pools import poisoned_pool, untouched
 
@@ -123,10 +124,9 @@ def test_decay_by_value_refuses_what_it_cannot_do() -> None:
             outer(q, k, s, decay, None, none, none, offsets, scale=1.0, bonus=bonus, by_value=True)
 
 
-@pytest.mark.parametrize(
-    ("K", "V", "block_v", "warps"), [(128, 64, 8, 1), (256, 64, 32, 4), (512, 64, 16, 4)]
-)
-def test_compiles_ahead_for_sm_90_without_spills(K: int, V: int, block_v: int, warps: int) -> None:
+@pytest.mark.parametrize(("K", "V", "grid"), [(128, 64, 64), (256, 64, 4096), (512, 64, 4096)])
+def test_compiles_ahead_for_sm_90_without_spills(K: int, V: int, grid: int) -> None:
+    chosen = tile("outer", K, V, grid, torch.device("cuda"))
     pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "u_ptr"), "*bf16")
     indices = dict.fromkeys(("slots_ptr", "depths_ptr", "offsets_ptr"), "*i64")
     signature = {
@@ -134,10 +134,10 @@ def test_compiles_ahead_for_sm_90_without_spills(K: int, V: int, block_v: int, w
         "scale": "fp32", "slot_stride": "i64", "depth_stride": "i64",
     }  # fmt: skip
     constexprs = {
-        "H": 4, "HQ": 4, "HK": 4, "HV": 4, "HG": 4, "HO": 4, "K": K, "V": V, "BLOCK_K": K, "BLOCK_V": block_v,
+        "H": 4, "HQ": 4, "HK": 4, "HV": 4, "HG": 4, "HO": 4, "K": K, "V": V, "BLOCK_K": K, "BLOCK_V": chosen.block_v,
         "DECAY": 3, "BONUS": False,
     }  # fmt: skip
-    options = {"signature": signature, "constexprs": constexprs, "warps": warps}
+    options = {"signature": signature, "constexprs": constexprs, "warps": chosen.warps}
     cost = compile_ahead("kernels.outer.step_triton", "outer_step_kernel", options)
     print(f"K={K} V={V}: {cost['registers']} registers, {cost['spills']} bytes spilled")
     assert cost["spills"] == 0

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.outer import _on_cpu, _on_gpu, outer_naive, outer_scan, outer_train
+from kernels.tiles import tile
 from tests.kernels.compile_ahead import compile_ahead
 from tests.kernels.pools import poisoned_pool, untouched
 
@@ -130,12 +131,11 @@ def test_padded_rows_leave_live_slots_alone(implementation) -> None:  # type: ig
 
 
 @pytest.mark.parametrize(
-    ("K", "V", "block_v", "warps"), [(64, 128, 8, 1), (128, 128, 32, 4), (256, 256, 32, 4)]
+    ("K", "V", "grid"), [(64, 128, 64), (64, 128, 4096), (128, 128, 4096), (256, 256, 4096)]
 )
 @pytest.mark.parametrize("decay", [0, 1, 2], ids=DECAYS)
-def test_compiles_ahead_for_sm_90_without_spills(
-    K: int, V: int, block_v: int, warps: int, decay: int
-) -> None:
+def test_compiles_ahead_for_sm_90_without_spills(K: int, V: int, grid: int, decay: int) -> None:
+    chosen = tile("outer", K, V, grid, torch.device("cuda"))
     pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "u_ptr"), "*bf16")
     indices = dict.fromkeys(("slots_ptr", "depths_ptr", "offsets_ptr"), "*i64")
     signature = {
@@ -143,10 +143,10 @@ def test_compiles_ahead_for_sm_90_without_spills(
         "scale": "fp32", "slot_stride": "i64", "depth_stride": "i64",
     }  # fmt: skip
     constexprs = {
-        "H": 4, "HQ": 4, "HK": 4, "HV": 4, "HG": 4, "HO": 4, "K": K, "V": V, "BLOCK_K": K, "BLOCK_V": block_v,
+        "H": 4, "HQ": 4, "HK": 4, "HV": 4, "HG": 4, "HO": 4, "K": K, "V": V, "BLOCK_K": K, "BLOCK_V": chosen.block_v,
         "DECAY": decay, "BONUS": False,
     }  # fmt: skip
-    options = {"signature": signature, "constexprs": constexprs, "warps": warps}
+    options = {"signature": signature, "constexprs": constexprs, "warps": chosen.warps}
     cost = compile_ahead("kernels.outer.step_triton", "outer_step_kernel", options)
     print(f"K={K} V={V} decay={decay}: {cost['registers']} registers, {cost['spills']} bytes spilled")
     assert cost["spills"] == 0

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from models.errors import CheckpointError, ConfigError, ModelNotFoundError
+from models.errors import CheckpointError, ConfigError, ModelNotFoundError, brief
 from models.layers import Parted
 
 ZOO = Path(__file__).parent / "zoo"
@@ -24,11 +25,21 @@ GENERATION = "generation_config.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|freqs_cis$|\.attn\.bias$|\.masked_bias$")
 """Tensors that some libraries save although they follow from the configuration."""
+SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 STORED = ("F32", "F16", "BF16", "F64")
 HEADS = ("lm_head.weight", "head.weight")
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|embeddings?)\.weight$")
 
 Names = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One tensor of a file: the whole of a parameter, or a part of one."""
+
+    file: Path
+    key: str
+    opened: Any  # the file, open
 
 
 def find(path_or_name: str | Path) -> Path:
@@ -68,7 +79,8 @@ def _from_hub(repo: str) -> Path:
 
 def _number(value: dict[str, Any]) -> Any:
     """Infinity and not-a-number, as the transformers library writes them."""
-    return float(value["__float__"]) if value.keys() == {"__float__"} else value
+    special = value.get("__float__") if len(value) == 1 else None
+    return float(special) if isinstance(special, str) else value
 
 
 class Checkpoint:
@@ -91,6 +103,8 @@ class Checkpoint:
             value = json.loads(file.read_text("utf-8"), object_hook=_number)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{file}: not valid JSON: {error}") from None
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
         if not isinstance(value, dict):
             raise CheckpointError(f"{file}: must be a JSON object, got {type(value).__name__}")
         return value
@@ -99,8 +113,10 @@ class Checkpoint:
         file = self.folder / name
         try:
             value = yaml.safe_load(file.read_text("utf-8"))
-        except (ValueError, yaml.YAMLError) as error:
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise CheckpointError(f"{file}: not valid YAML: {error}") from None
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
         if not isinstance(value, dict):
             raise CheckpointError(f"{file}: must be a mapping, got {type(value).__name__}")
         return value
@@ -127,8 +143,10 @@ class Checkpoint:
             embeddings = [key for key in where if EMBEDDINGS.search(key)]
             if not heads or not embeddings:
                 return False
-            head, table = (where[key][1].get_tensor(key) for key in (heads[0], embeddings[0]))
-            return not torch.equal(head, table)
+            both = [(where[key][1], key) for key in (heads[0], embeddings[0])]
+            if any(opened.get_slice(key).get_dtype() not in STORED for opened, key in both):
+                return False  # which `check` says better
+            return not torch.equal(*(opened.get_tensor(key) for opened, key in both))
 
     def tokenizer(self) -> Tokenizer | None:
         """None where the checkpoint has none: such a model takes and gives token ids only."""
@@ -162,7 +180,11 @@ class Checkpoint:
         index = self._json(INDEX).get("weight_map", {})
         if not isinstance(index, dict):
             raise CheckpointError(f"{self.folder / INDEX}: weight_map must be an object, tensor to file")
-        files = sorted({self.folder / str(name) for name in index.values()})
+        for name in index.values():
+            # A link to elsewhere is its owner's doing (the Hub's own cache is made of them); a path is not.
+            if not isinstance(name, str) or not SHARD.fullmatch(name):
+                raise CheckpointError(f"{self.folder / INDEX}: {brief(name)} is no name of a file beside it")
+        files = sorted({self.folder / name for name in index.values()})
         if not files:  # others beside the usual one are adapters, or the same weights in another format
             usual = self.folder / "model.safetensors"
             files = [usual] if usual.is_file() else sorted(self.folder.glob("*.safetensors"))
@@ -182,7 +204,10 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """A digest of configuration and weights: equal for equal models. Large tensors count by their headers
         and a sample of their bytes, so that it is quick."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        plain = {key: value for key, value in self.config.items() if key != "yaml"}
+        digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+        if "yaml" in self.config:
+            digest.update((self.folder / "config.yaml").read_bytes())
         for file in self.weight_files():
             size = file.stat().st_size
             with file.open("rb") as f:
@@ -198,12 +223,13 @@ class Checkpoint:
         for file in self.weight_files():
             try:
                 with file.open("rb") as f:
-                    header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+                    length = int.from_bytes(f.read(8), "little")
+                    header = json.loads(f.read(min(length, file.stat().st_size)))
                 entries = [entry for name, entry in header.items() if name != "__metadata__"]
                 for entry in entries:
                     begin, end = entry["data_offsets"]
                     sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - begin
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise CheckpointError(f"{file}: truncated or not safetensors") from None
         return sizes
 
@@ -217,14 +243,17 @@ class Checkpoint:
 
     @torch.no_grad()
     def load_into(self, model: nn.Module, names: Names) -> None:
-        """Fill every parameter from the files. Raises as `check`."""
+        """Fill every parameter from the files. Raises as `check`, and for a value that is no finite number: one of them
+        makes every logit not a number, of every sequence."""
         for module in model.modules():
             if isinstance(module, Parted):  # what no part fills counts as zero
                 for parameter in module.parameters(recurse=False):
                     parameter.zero_()
         for pieces, target in self._matched(model, names):
-            tensors = [opened.get_tensor(key) for key, opened in pieces]
+            tensors = [piece.opened.get_tensor(piece.key) for piece in pieces]
             target.copy_(tensors[0] if len(tensors) == 1 else torch.cat(tensors))
+            if not _finite(target):
+                raise CheckpointError(_what_is_not_finite(pieces, tensors, target.dtype))
 
     def _opened(self, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
         """Tensor -> the file that holds it, and that file, open as long as the stack is."""
@@ -235,12 +264,14 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file}: truncated or not safetensors: {error}") from None
             for key in opened.keys():  # noqa: SIM118 (not a dict)
+                if key in where:
+                    raise CheckpointError(f"{file}: tensor {key} is in {where[key][0].name} as well")
                 where[key] = file, opened
         return where
 
-    def _matched(self, model: nn.Module, names: Names) -> Iterator[tuple[list[tuple[str, Any]], Tensor]]:
-        """The tensors of the files, each with the open file that holds it, that fill a parameter one behind
-        the other; and that parameter. Shapes are compared."""
+    def _matched(self, model: nn.Module, names: Names) -> Iterator[tuple[list[Piece], Tensor]]:
+        """The tensors of the files that fill a parameter one behind the other; and that parameter. Shapes are
+        compared."""
         with ExitStack() as stack:
             where, tied = self._opened(stack), getattr(model, "lm_head", None) is None
             for name, target in checkpoint_tensors(model, names):
@@ -267,7 +298,7 @@ class Checkpoint:
                             "quantised weights are not supported"
                         )
                     size, *rest = part.get_shape() or [1]
-                    pieces.append((key, opened))
+                    pieces.append(Piece(file, key, opened))
                     shape = [shape[0] + size, *rest]
                 if shape != (list(target.shape) or [1]):
                     raise CheckpointError(
@@ -281,6 +312,26 @@ class Checkpoint:
                     f"{where[spare[0]][0]}: tensor {spare[0]} has no place in this model "
                     f"({len(spare)} such tensors)"
                 )
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether every value is a finite number. A sum tells at half of what copying costs; it may overflow where no value
+    does, so that each of them counts only then."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def _what_is_not_finite(pieces: Sequence[Piece], tensors: Sequence[Tensor], dtype: torch.dtype) -> str:
+    for piece, tensor in zip(pieces, tensors, strict=True):
+        wrong = ~tensor.isfinite()
+        if wrong.any():
+            return (
+                f"{piece.file}: tensor {piece.key} {list(tensor.shape)}: {int(wrong.sum())} of its "
+                f"{tensor.numel()} values are not finite numbers, the first is {tensor[wrong][0]}"
+            )
+    largest, piece = max(
+        zip((t.abs().max().item() for t in tensors), pieces, strict=True), key=lambda p: p[0]
+    )
+    return f"{piece.file}: tensor {piece.key} has values up to {largest:g}, too large for {dtype}"
 
 
 def alternatives(name: str) -> list[list[str]]:

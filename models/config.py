@@ -19,7 +19,7 @@ COMMON = frozenset(
 """Keys of every configuration that the transformers library writes; none changes what is computed here."""
 
 
-Layers = Annotated[int, pydantic.Field(gt=0, le=10_000)]
+Layers = Annotated[int, pydantic.Field(gt=0, le=1_000)]
 Epsilon = Annotated[float, pydantic.Field(ge=0)]
 
 
@@ -120,4 +120,5 @@ class ModelConfig(BaseModel):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        return token_ids(self.eos_token_id)
+        """Those that the model can say."""
+        return tuple(token for token in token_ids(self.eos_token_id) if token < self.vocab_size)

@@ -8,6 +8,7 @@ from models.checkpoint import Checkpoint
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.errors import ModelError
+from models.load import doubts
 from models.registry import build, family, names
 
 UNTRAINED_TOKENS = 4096  # length of a sequence where no configuration says what it was trained at
@@ -33,6 +34,7 @@ class Report:
     tokens_per_sequence: int | None = None  # that `slots` allows for, where a sequence grows
     slots: int | None = None  # sequences whose states the memory holds
     ignored: list[str] = field(default_factory=list)  # keys of the configuration that mean nothing here
+    warnings: list[str] = field(default_factory=list)  # what is odd, and served all the same
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -55,9 +57,11 @@ def inspect(path_or_name: str | Path, memory: float | None = None) -> Report:
 def _configuration(checkpoint: Checkpoint, report: Report, memory: float | None) -> None:
     raw, file = checkpoint.config, checkpoint.config_file
     report.family = str(raw.get("model_type"))
+    tokenizer = None
     try:
         report.weights = checkpoint.stored()
-        report.tokenizer = checkpoint.tokenizer() is not None
+        tokenizer = checkpoint.tokenizer()
+        report.tokenizer = tokenizer is not None
         checkpoint.chat()
         raw = checkpoint.read()
     except ModelError as error:
@@ -71,6 +75,7 @@ def _configuration(checkpoint: Checkpoint, report: Report, memory: float | None)
             return
     config, model = build(raw, file)
     _sizes(report, config, model, memory)
+    report.warnings = doubts(config, model.vocab_size, tokenizer)
     if not report.problems:
         checkpoint.check(model, names(raw, file))
 

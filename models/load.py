@@ -1,5 +1,6 @@
 """From a checkpoint to a model that is ready to serve."""
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,11 +12,13 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from models.checkpoint import Checkpoint
-from models.config import ModelConfig
+from models.config import ModelConfig, token_ids
 from models.decoder import Decoder
 from models.errors import ConfigError
 from models.int8 import to_int8
 from models.registry import build, names
+
+log = logging.getLogger("fathom.models")
 
 WEIGHTS = ("auto", "int8")
 BLOCKS_SHARE = 1 / 8  # of the memory, for a second copy of the weights
@@ -57,6 +60,10 @@ def load(
     checkpoint = Checkpoint(path_or_name)
     raw, file = checkpoint.read(), checkpoint.config_file
     config, model = build(raw, file)
+    checkpoint.check(model, names(raw, file))  # before there is memory for what a configuration claims
+    tokenizer = checkpoint.tokenizer()
+    for doubt in doubts(config, model.vocab_size, tokenizer):
+        log.warning("%s: %s", checkpoint.folder, doubt)
     model = model.to(pick_dtype(dtype, place)).to_empty(device=place)
     checkpoint.load_into(model, names(raw, file))
     model.requires_grad_(False).eval()
@@ -68,10 +75,28 @@ def load(
         model=model,
         config=config,
         family=str(raw["model_type"]),
-        tokenizer=checkpoint.tokenizer(),
+        tokenizer=tokenizer,
         fingerprint=checkpoint.fingerprint() + ("/int8" if weights == "int8" else ""),
         chat=checkpoint.chat(),
     )
+
+
+def doubts(config: ModelConfig, vocab_size: int, tokenizer: Tokenizer | None) -> list[str]:
+    """What is odd about a checkpoint, but no reason to refuse it. Published ones do name tokens that their vocabulary
+    lacks. (The one for padding is never used here.)"""
+    named = {"bos_token_id": token_ids(config.bos_token_id), "eos_token_id": token_ids(config.eos_token_id)}
+    found = [
+        f"{name} = {token}: the model's tokens end at {vocab_size - 1}, so this one never comes up"
+        for name, tokens in named.items()
+        for token in tokens
+        if token >= vocab_size
+    ]
+    known = 0 if tokenizer is None else tokenizer.get_vocab_size()
+    if known > vocab_size:
+        found.append(
+            f"tokenizer.json knows {known} tokens, the model {vocab_size}: a text with others is refused"
+        )
+    return found
 
 
 def prepare(model: nn.Module) -> None:

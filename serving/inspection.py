@@ -47,6 +47,8 @@ def as_table(r: Report, console: Console | None = None) -> None:
     console = console or Console()
     console.print(f"[bold]{r.model}[/bold]")
     console.print(table)
+    for warning in r.warnings:
+        console.print(f"[yellow]odd:[/yellow] {warning}", soft_wrap=True, highlight=False)
     for problem in r.problems:
         console.print(f"[red]cannot be served:[/red] {problem}", soft_wrap=True, highlight=False)
 

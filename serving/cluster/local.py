@@ -130,17 +130,14 @@ def _check_models(config: ServeConfig) -> None:
     """What is wrong with a checkpoint is best said before anything is started."""
     if config.ray_address is not None:
         return  # the replicas may see other files than this process
-    import torch
-
     from models.checkpoint import Checkpoint
-    from models.registry import family, names
+    from models.registry import build, names
 
     for spec in config.models:
         checkpoint = Checkpoint(spec.path)
-        host = family(checkpoint.config, checkpoint.config_file)
-        with torch.device("meta"):
-            _, model = host.build(checkpoint.config, checkpoint.config_file)
-        checkpoint.check(model, names(checkpoint.config, checkpoint.config_file))
+        raw, file = checkpoint.read(), checkpoint.config_file
+        _, model = build(raw, file)
+        checkpoint.check(model, names(raw, file))
 
 
 def _wait(config: ServeConfig, stop: threading.Event | None) -> None:

@@ -82,7 +82,7 @@ class TorchRunner:
         self._entries = [np.zeros((slots + 1, deepest), np.int64) for _ in model.stages if layout.paged]
         # Rows that wait between two stages; a model of one stage has none.
         waiting = slots + 1 if len(model.stages) > 1 else 0
-        self._parked = torch.zeros(waiting, model.row_width, dtype=model.dtype, device=model.device)
+        self._parked = torch.zeros(waiting, model.row_width, dtype=model.row_dtype, device=model.device)
 
     def path(self, policy: DepthPolicy) -> Path:
         path, asked = self._path(policy), policy.width
@@ -360,7 +360,7 @@ class TorchRunner:
         for name, wanting in tick.wanted.items():
             index = self._tensor(at[wanting])
             if name in self.model.signals:
-                value = after[index, self.model.signals[name]].float()
+                value = self.model.signal(name, after[index])
             else:
                 value = self._measure(name, before, after, index, batch)
                 if name in CONVERGENCE:

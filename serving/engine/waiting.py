@@ -2,6 +2,7 @@
 
 import heapq
 import itertools
+import math
 import sys
 import time
 from collections import Counter
@@ -13,8 +14,12 @@ from serving.engine.core import Request
 from serving.engine.demand import WINDOW, Demand
 from serving.engine.params import MAX_PRIORITY
 
+LASTING = 5
+"""For so many times its target others have to be refused, at least that often, before a queue lets go of those who
+wait."""
+
 PATIENCE = 10
-"""Times its target that anybody waits in a queue that is too small for all who come."""
+"""Times its target that anybody waits in it from then on."""
 
 
 class Place(NamedTuple):
@@ -45,16 +50,22 @@ class WaitingQueue:
         most: int = sys.maxsize,
         target_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        needed: int = sys.maxsize,
     ) -> None:
         """It is full with `most` requests: callers look, and do not push. Without a target only a full queue changes
-        its order."""
+        its order. `needed`: so many are enough to keep those busy who serve it."""
         self._most = most
+        self._needed = min(needed, most)
         self._target_s = target_s
         self._clock = clock
         self._demand = Demand()
         self._hurried = 0  # how many turns yet the newest goes first
         self._growing = 0  # the same, as long as somebody waits for longer than the target
-        self._crowded = 0  # how many turns ago at most it was full
+        self._refused = (
+            -math.inf,
+            -math.inf,
+        )  # since when there have been refusals, one soon after the other, and the last
         self._heap: list[Place] = []
         self._requests: dict[str, Request] = {}  # by id, in the order of their arrival
         self._numbers = itertools.count()
@@ -66,11 +77,21 @@ class WaitingQueue:
 
     @property
     def most(self) -> int:
-        return self._most
+        """How many may wait."""
+        return self._needed if self.overloaded else self._most
 
     @property
     def full(self) -> bool:
-        return len(self._heap) >= self._most
+        return len(self._heap) >= self.most
+
+    @property
+    def overloaded(self) -> bool:
+        """Whether it has been full for so long that it is of no use for it to be long."""
+        if self._target_s is None:
+            return False
+        since, last = self._refused
+        lasting = LASTING * self._target_s
+        return last - since >= lasting >= self._clock() - last
 
     @property
     def newest_first(self) -> bool:
@@ -79,7 +100,9 @@ class WaitingQueue:
     def refused(self) -> None:
         """Somebody found it full."""
         self._hurried = max(1, self._most // 4)
-        self._crowded = WINDOW
+        if self._target_s is not None:
+            now, (since, last) = self._clock(), self._refused
+            self._refused = (since if now - last <= LASTING * self._target_s else now), now
 
     def push(self, request: Request, path: Path) -> None:
         start = max(self._now, self._ends.get(request.owner, 0.0))
@@ -100,9 +123,7 @@ class WaitingQueue:
         turn, first = self._turn(), self._heap[0]
         self._remove(turn, first)
         self._now = max(self._now, first.start)
-        self._hurried, self._growing, self._crowded = (
-            max(0, turns - 1) for turns in (self._hurried, self._growing, self._crowded)
-        )
+        self._hurried, self._growing = max(0, self._hurried - 1), max(0, self._growing - 1)
         self._demand.served()
         self._look()
         if not self._heap:  # nobody has to wait for anybody
@@ -127,14 +148,14 @@ class WaitingQueue:
         return last.request
 
     def give_up(self) -> list[Request]:
-        """Takes out those whose turn is not going to come: who has waited for PATIENCE times the target, while others
-        were refused because the queue was full. Not those who have had their place elsewhere, or a part of their
+        """Takes out those whose turn is not going to come: where it is overloaded, the oldest of those that are too
+        many, and who has waited for too long. Not those who have had their place elsewhere, or a part of their
         answer."""
-        if self._target_s is None or not self._crowded or not self.newest_first:
+        if self._target_s is None or not self.overloaded:
             return []
-        latest = self._clock() - PATIENCE * self._target_s
-        late = itertools.takewhile(lambda request: request.arrival <= latest, self._requests.values())
-        given_up = [r for r in late if r.priority <= MAX_PRIORITY and not r.resumed]
+        latest, surplus = self._clock() - PATIENCE * self._target_s, len(self._heap) - self.most
+        mere = (r for r in self._requests.values() if r.priority <= MAX_PRIORITY and not r.resumed)
+        given_up = [r for number, r in enumerate(mere) if number < surplus or r.arrival <= latest]
         for request in given_up:
             self._refuse(self._place(request))
         return given_up

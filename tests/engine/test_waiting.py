@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from serving import SamplingParams
 from serving.engine.core import Request
 from serving.engine.params import MAX_PRIORITY
-from serving.engine.waiting import PATIENCE, WaitingQueue
+from serving.engine.waiting import LASTING, PATIENCE, WaitingQueue
 from tests.engine.fake import Clock, plain
 
 
@@ -163,23 +163,29 @@ def test_a_queue_that_grows_beyond_its_target_serves_the_newest_until_nobody_wai
     assert oldest is None or clock.now - oldest <= 1.0
 
 
-def test_who_has_waited_in_vain_is_told_once_others_are_refused() -> None:
+def test_where_others_are_refused_for_long_those_who_wait_in_vain_are_told() -> None:
     clock = Clock()
-    queue = WaitingQueue(8, 1.0, clock)
+    queue = WaitingQueue(8, 1.0, clock, needed=4)
     moved = request("a", 1, priority=MAX_PRIORITY + 1)
     begun = request("a", 2)
     begun.resumed = [5]
-    pushed(queue, clock, request("a", 0), moved, begun, request("b", 3))
-    clock.now += PATIENCE - 1
-    pushed(queue, clock, *(request("a", number) for number in range(4, 8)))
-    clock.now += 1
-    assert queue.full and not queue.give_up(), "nobody is refused yet"
+    pushed(queue, clock, request("a", 0), moved, begun, *(request("b", number) for number in range(3, 8)))
     queue.refused()
-    assert [r.id for r in queue.give_up()] == ["a0", "b3"], (
+    clock.now += LASTING
+    assert queue.most == 8 and not queue.give_up(), "a burst is not more than there is room for"
+    queue.refused()
+    assert queue.most == 4
+    assert [r.id for r in queue.give_up()] == ["a0", "b3", "b4", "b5"], (
         "a place elsewhere, or a part of an answer, is kept"
     )
-    assert not queue.give_up() and len(queue) == 6
-    assert sorted(drained(queue)) == ["a1", "a2", "a4", "a5", "a6", "a7"]
+    assert queue.full and not queue.give_up()
+    for _ in range(PATIENCE):
+        clock.now += 1
+        queue.refused()
+    assert [r.id for r in queue.give_up()] == ["b6", "b7"]
+    clock.now += LASTING + 1
+    assert queue.most == 8, "it is over"
+    assert sorted(drained(queue)) == ["a1", "a2"]
 
 
 def test_without_a_target_nobody_is_given_up() -> None:

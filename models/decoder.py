@@ -116,7 +116,7 @@ class Decoder(nn.Module):
     ):
         """Without an `lm_head` of its own the model is tied: the embedding serves as one. Embeddings are
         multiplied by their scale; logits x become c tanh(x / c) for a softcap c; with `residual_in_fp32`, a
-        model in lower precision adds its blocks to float32."""
+        model in lower precision adds its blocks to float32, and rows are float32 between stages too."""
         super().__init__()
         self.embeddings = embeddings
         self.layers = nn.ModuleList(layers)
@@ -168,6 +168,10 @@ class Decoder(nn.Module):
         return self.hidden_size
 
     @property
+    def row_dtype(self) -> torch.dtype:
+        return torch.float32 if self.residual_in_fp32 else self.dtype
+
+    @property
     def device(self) -> torch.device:
         return self.embeddings.weight.device
 
@@ -209,24 +213,29 @@ class Decoder(nn.Module):
         return Path((*nodes, Node(1 + len(self.layers))))
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids [T] -> rows [T, row_width]."""
+        """ids [T] -> rows [T, row_width], of the row_dtype."""
         rows = self.embeddings(ids)
         # The factor in the model's own precision, as the published code has it.
-        return rows if self.embedding_scale == 1 else rows * rows.new_tensor(self.embedding_scale)
+        if self.embedding_scale != 1:
+            rows = rows * rows.new_tensor(self.embedding_scale)
+        return rows.to(self.row_dtype)
 
     def run(self, stage: int, rows: Tensor, batch: Batch, states: Sequence[LayerState] | None) -> Tensor:
         """Rows [T, row_width] through one stage; states are advanced in place."""
-        x = rows.float() if self.residual_in_fp32 else rows
+        x = rows
         for i in self.stages[stage].layers:
             y = self.layers[i](x, batch, None if states is None else states[i])
             x = y if batch.ghosts is None else torch.where(batch.ghosts[:, None], x, y)
-        return x.to(rows.dtype)
+        return x
 
     def fill(self, stage: int, rows: Tensor, batch: Batch, states: Sequence[LayerState]) -> None:
         """Write the state of tokens that skip a stage, one of each segment, which left with these rows."""
-        x = rows.float() if self.residual_in_fp32 else rows
         for i in self.stages[stage].layers:
-            self.blocks[i].fill(x, batch, states[i])
+            self.blocks[i].fill(rows, batch, states[i])
+
+    def signal(self, name: str, rows: Tensor) -> Tensor:
+        """One of its own exit signals, of rows [R, row_width] on their way: [R], float32."""
+        return rows[:, self.signals[name]].float()
 
     def intermediate(
         self, rows: Tensor, index: Tensor, batch: Batch, states: Sequence[LayerState] | None

@@ -67,7 +67,7 @@ class LoopedDecoder(Decoder):
         self.cores = range(len(prelude), len(prelude) + len(cores))
         if loop.gate:
             self.early_exit_gate = Linear(embeddings.embedding_dim, 1)
-            self.signals = {"gate": embeddings.embedding_dim + 1}
+            self.signals = {"gate": embeddings.embedding_dim}
         self.share_entries()
 
     def share_entries(self) -> None:
@@ -81,16 +81,15 @@ class LoopedDecoder(Decoder):
 
     @property
     def rest(self) -> int:
-        """Columns beside the hidden vector. Of a gate: the probability that the token is still there, and that it has
-        left."""
-        return 2 if self.loop.gate else 0
+        """Columns beside the hidden vector. Of a gate: the probability that the token is still there."""
+        return 1 if self.loop.gate else 0
 
     def begin(self, x: Tensor, batch: Batch | None) -> tuple[Tensor, Tensor]:
         """Before the first pass: x [T, D] as the prelude left it -> x, rest [T, rest]. Without a prelude there is no
         batch yet."""
         rest = x.new_zeros(len(x), self.rest)
         if self.loop.gate:
-            rest[:, 0] = 1.0
+            rest[:] = 1.0
         return x, rest
 
     def enter(self, x: Tensor, rest: Tensor, batch: Batch) -> Tensor:
@@ -102,14 +101,19 @@ class LoopedDecoder(Decoder):
         if self.loop.norm_each:
             x = self.norm(x)
         if self.loop.gate:
-            leaves = torch.sigmoid(self.early_exit_gate(x).float())[:, 0]
-            still, gone = rest[:, 0].float(), rest[:, 1].float()
-            rest = torch.stack([still * (1 - leaves), gone + still * leaves], -1).to(x.dtype)
+            stays = torch.sigmoid(-self.early_exit_gate(x.to(self.dtype)).float())
+            rest = (rest.float() * stays).to(x.dtype)
         return x, rest
 
     def end(self, x: Tensor, rest: Tensor) -> Tensor:
         """What the coda begins with."""
         return x
+
+    def signal(self, name: str, rows: Tensor) -> Tensor:
+        """As every decoder; of a gate, the probability that the token has left. What rows carry is its complement: in
+        lower precision that is near 0 to many digits, and this is not near 1."""
+        value = super().signal(name, rows)
+        return 1 - value if name == "gate" else value
 
     # What they have in common.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kernels.depth import confidence, confidence_of
 from kernels.linear import Blocked, linear
 from models.batch import Batch
-from models.layers import Linear
+from models.layers import Linear, Parted
 from models.paths import Node, Path
 from models.state import LayerLeaves, LayerState, Layout
 
@@ -289,7 +289,11 @@ class Decoder(nn.Module):
         return self.logits(rows)
 
     def parameter_count(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+        """As a checkpoint has them: without the zeros in what is put together from several tensors."""
+        everything = sum(p.numel() for p in self.parameters())
+        joint = [m for m in self.modules() if isinstance(m, Parted)]
+        owned = sum(p.numel() for m in joint for p in m.parameters(recurse=False))
+        return everything - owned + sum(part.numel() for m in joint for _, part in m.parts())
 
     def flops(self, path: Path | None = None, units: float | None = None) -> float:
         """Floating-point operations of a token on a path (the model's own), as far as it goes, or to a depth between

@@ -81,7 +81,8 @@ class GSA(Mixer):
         return self.o_proj(self.g_norm(F.silu(o.flatten(-2))))
 
     def flops(self) -> int:
-        return self.M * (self.K + self.V) * (4 * self.kv_heads + 2 * self.heads)
+        slots = self.M * (self.K + self.V) * (4 * self.kv_heads + 2 * self.heads)
+        return slots + self.feature_map.flops(self.heads + self.kv_heads - 1)  # once it counts already
 
 
 def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:

@@ -41,6 +41,10 @@ class FeatureMap(nn.Module):
         elif kind == "elementwise_product":
             self.layers = Packed(K, {"layer1": K, "layer2": K}, bias=True)
 
+    def flops(self, heads: int) -> int:
+        """Operations that its projections take for so many heads of a token."""
+        return 2 * heads * sum(p.numel() for p in self.parameters())
+
     def forward(self, x: Tensor) -> Tensor:
         match self.kind:
             case "hedgehog":  # arXiv 2402.04347
@@ -97,8 +101,10 @@ class LinearAttention(Mixer):
         return self.o_proj(self.norm(o).flatten(-2))
 
     def flops(self) -> int:
-        features = self.feature_map_k.features
-        return features * (self.V + self.normalise) * (2 * self.kv_heads + 2 * self.heads)
+        features, maps = self.feature_map_k.features, len({self.feature_map_q, self.feature_map_k})
+        state = features * (self.V + self.normalise) * (2 * self.kv_heads + 2 * self.heads)
+        # Every projection counts once already.
+        return state + self.feature_map_k.flops(self.heads + self.kv_heads - maps)
 
 
 def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:

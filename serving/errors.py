@@ -32,6 +32,10 @@ class FailedPreconditionError(RequestError):
     """Right in itself, but not for this model or not now."""
 
 
+class AbortedError(RequestError):
+    """Somebody else was quicker; all of it is to be tried again."""
+
+
 class DataLossError(RequestError):
     """Something that was kept is damaged."""
 

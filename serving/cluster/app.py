@@ -108,6 +108,7 @@ class GatewayDeployment:
         self._spec = args.spec
         self._observers = Observers(args.spec)
         self._requests = Requests(self._fleet, args.spec, self._observers.listeners)
+        self._requests.sessions.keep_tidy()
         self.rpc = Rpc(self._requests, self._fleet, args.spec, self._metrics)
 
     def _app(self) -> FastAPI:
@@ -116,6 +117,7 @@ class GatewayDeployment:
         return make_app(self._requests, self._fleet, self._spec, self._metrics)
 
     async def __del__(self) -> None:
+        self._requests.sessions.close()
         await self._fleet.close()
         await asyncio.to_thread(self._observers.close)
 

@@ -229,7 +229,8 @@ class Requests:
             raise InvalidArgumentError("n", ask.params.n, "must be 1 within a session: fork it")
         model = self.fleet.resolve(ask.model)
         fingerprint = self.fleet.describe(model)[0].identity
-        async with self.sessions.turn(caller.name, ask.session_id, model, fingerprint) as turn:
+        lasts_s = self._timeout(ask)
+        async with self.sessions.turn(caller.name, ask.session_id, model, fingerprint, lasts_s) as turn:
             yield turn
 
     async def _prepare(

@@ -23,6 +23,7 @@ HTTP = {  # of each gRPC status: HTTP's, and OpenAI's type of error
     grpc.StatusCode.UNAUTHENTICATED: (401, "authentication_error"),
     grpc.StatusCode.PERMISSION_DENIED: (403, "permission_error"),
     grpc.StatusCode.NOT_FOUND: (404, "not_found_error"),
+    grpc.StatusCode.ABORTED: (409, "conflict_error"),
     grpc.StatusCode.RESOURCE_EXHAUSTED: (429, "rate_limit_error"),
     grpc.StatusCode.UNIMPLEMENTED: (501, "invalid_request_error"),
     grpc.StatusCode.UNAVAILABLE: (503, "service_unavailable_error"),

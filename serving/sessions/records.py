@@ -2,17 +2,21 @@
 
 import hashlib
 import json
+import math
 import re
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from serving.errors import DataLossError, NotFoundError, UnavailableError
+from serving.errors import AbortedError, DataLossError, NotFoundError, UnavailableError
 from serving.sessions.store import StateStore
 
 ID = re.compile(r"[A-Za-z0-9_-]{8,64}")
 SESSION, SNAPSHOT = "session", "snapshot"
+
+GRACE_S = 120.0
+"""After it has expired, in which a record is not taken away yet: somebody may be about to say that it is in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +37,19 @@ class Record:
     state_bytes: int = 0
     version: int = 0  # grows with every write
     origin: str = ""  # of a snapshot: its session
+    busy_until: float = 0.0  # by then a turn is over that would outlast it
 
     @property
     def expires(self) -> float:
-        return self.used + self.ttl_s
+        return max(self.used + self.ttl_s, self.busy_until)
 
 
 class Records:
-    """Records and states in a store, by owner: nobody's are ever looked for among another's."""
+    """Records and states in a store, by owner: nobody's are ever looked for among another's.
+
+    A record is rewritten by whoever is first to create the file of its next version, which holds all of it; the
+    record's own file is put in place after that. A writer that stops in between has written: whoever reads finds the
+    newer version. The file of the present version stays, so that nobody who comes late can create it once more."""
 
     def __init__(self, store: StateStore):
         self._store = store
@@ -51,11 +60,12 @@ class Records:
         if not ID.fullmatch(record_id):
             raise missing
         try:
-            record = self._parse(self._store.get(_path(owner, kind, record_id)), kind, record_id)
+            record = parsed(self._store.get(_path(owner, kind, record_id)), kind, record_id)
         except KeyError:
             raise missing from None
         if record.owner != owner or record.id != record_id or record.kind != kind:
             raise missing
+        record = self._newest(record)
         if record.expires < time.time():
             self._forget(record)
             raise missing
@@ -73,23 +83,79 @@ class Records:
                     raise
                 record = again
 
-    def write(self, record: Record, state: bytes | None = None) -> Record:
-        """Keep a record, and its new state where it has one; returns it as it was written. The state goes first: a
+    def add(self, record: Record, state: bytes | None = None) -> Record:
+        """Keep a new record, and its state where it has one; returns it as it was written. The state goes first: a
         record always finds its own."""
-        old, record = record, replace(record, version=record.version + 1)
-        if state is not None:
-            digest = hashlib.blake2b(state, digest_size=20).hexdigest()
-            record = replace(record, state=digest, state_bytes=len(state))
-            self._store.put(_state_path(record), state)
-        body = asdict(record)
-        data = json.dumps({"record": body, "checksum": _checksum(body)}).encode()
+        record = self._with_state(replace(record, version=1), state)
         try:
-            self._store.put(_path(record.owner, record.kind, record.id), data)
+            self._store.put(_path(record.owner, record.kind, record.id), _written(record))
         except UnavailableError:
-            if record.state != old.state or not old.version:
-                self.drop_state(record)
+            self.drop_state(record)
             raise
         return record
+
+    def update(self, old: Record, state: bytes | None = None, **changes: Any) -> Record:
+        """Write a record anew, as long as it is what it was; returns it. Raises AbortedError where it is not."""
+        new = self._with_state(replace(old, version=old.version + 1, **changes), state)
+        data = _written(new)
+        first = (
+            self._store.create(_version_path(new), data)
+            and max(self._versions(new), default=0) == new.version
+        )
+        if not first:
+            self._yield_to_others(new)
+            raise AbortedError(f"{old.kind}_id = {old.id!r}: another turn has come in between")
+        with suppress(UnavailableError):  # it is written; who reads will put it in its place
+            self._store.put(_path(new.owner, new.kind, new.id), data)
+        self._drop_versions(new, below=new.version)
+        if new.state != old.state:
+            self.drop_state(old)
+        return new
+
+    def _with_state(self, record: Record, state: bytes | None) -> Record:
+        if state is None:
+            return record
+        digest = hashlib.blake2b(state, digest_size=20).hexdigest()
+        record = replace(record, state=digest, state_bytes=len(state))
+        self._store.put(_state_path(record), state)
+        return record
+
+    def _yield_to_others(self, mine: Record) -> None:
+        """Leave nothing behind of a version that came too late."""
+        if max(self._versions(mine), default=0) > mine.version:
+            self._drop_versions(mine, below=mine.version + 1)
+        try:
+            kept = self.read(mine.owner, mine.kind, mine.id).state
+        except (NotFoundError, DataLossError):
+            kept = ""
+        if kept != mine.state:
+            self.drop_state(mine)
+
+    def _newest(self, record: Record) -> Record:
+        """The record in its newest version, put in its place where it was not there yet."""
+        version = max(self._versions(record), default=0)
+        if version <= record.version:
+            return record
+        try:
+            data = self._store.get(_version_path(replace(record, version=version)))
+            record = parsed(data, record.kind, record.id)
+        except (KeyError, DataLossError):  # it is being removed, or was not written whole
+            return record
+        with suppress(UnavailableError):
+            self._store.put(_path(record.owner, record.kind, record.id), data)
+        return record
+
+    def _versions(self, record: Record) -> list[int]:
+        """Of which there are files."""
+        start = _version_path(record).rpartition("/")[2].rpartition(".")[0] + "."
+        names = self._store.list(f"{_folder(record.owner)}/versions")
+        return [int(name.removeprefix(start)) for name in names if name.startswith(start)]
+
+    def _drop_versions(self, record: Record, below: float = math.inf) -> None:
+        with suppress(UnavailableError):
+            for version in self._versions(record):
+                if version < below:
+                    self._store.delete(_version_path(replace(record, version=version)))
 
     def state(self, record: Record) -> bytes:
         """Its kept state; empty where there is none. Raises DataLossError."""
@@ -106,13 +172,15 @@ class Records:
     def delete(self, record: Record) -> None:
         self._store.delete(_path(record.owner, record.kind, record.id))
         self.drop_state(record)
+        self._drop_versions(record)
 
     def discard(self, owner: str, kind: str, record_id: str) -> None:
         """Remove what is left of a damaged record."""
         self._store.delete(_path(owner, kind, record_id))
-        for name in self._store.list(f"{_folder(owner)}/states"):
-            if name.startswith(f"{record_id}."):
-                self._store.delete(f"{_folder(owner)}/states/{name}")
+        for folder in ("states", "versions"):
+            for name in self._store.list(f"{_folder(owner)}/{folder}"):
+                if name.startswith(f"{record_id}."):
+                    self._store.delete(f"{_folder(owner)}/{folder}/{name}")
 
     def drop_state(self, record: Record) -> None:
         """Remove a state that its record does not name any more; one that cannot be removed does no harm."""
@@ -121,9 +189,10 @@ class Records:
                 self._store.delete(_state_path(record))
 
     def _forget(self, record: Record) -> None:
-        """Remove what has expired, from a store that can be written to."""
-        with suppress(UnavailableError):
-            self.delete(record)
+        """Remove what expired some time ago, from a store that can be written to."""
+        if record.expires + GRACE_S < time.time():
+            with suppress(UnavailableError):
+                self.delete(record)
 
     def count(self, owner: str) -> int:
         """Of an owner's records, those included that have expired and not been noticed yet."""
@@ -136,7 +205,7 @@ class Records:
             for name in self._store.list(f"{_folder(owner)}/{kind}s"):
                 try:
                     data = self._store.get(f"{_folder(owner)}/{kind}s/{name}")
-                    record = self._parse(data, kind, name.removesuffix(".json"))
+                    record = parsed(data, kind, name.removesuffix(".json"))
                 except (KeyError, DataLossError):
                     continue
                 if record.expires < time.time():
@@ -145,19 +214,26 @@ class Records:
                     found.append(record)
         return found
 
-    def _parse(self, data: bytes, kind: str, record_id: str) -> Record:
-        damaged = DataLossError(f"{kind}_id = {record_id!r}: what was kept of it is damaged")
-        try:
-            outer = json.loads(data)
-            if outer["checksum"] != _checksum(outer["record"]):
-                raise damaged
-            return Record(**outer["record"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise damaged from None
+
+def parsed(data: bytes, kind: str, record_id: str) -> Record:
+    """A record as it was written. Raises DataLossError."""
+    damaged = DataLossError(f"{kind}_id = {record_id!r}: what was kept of it is damaged")
+    try:
+        outer = json.loads(data)
+        if outer["checksum"] != _checksum(outer["record"]):
+            raise damaged
+        return Record(**outer["record"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise damaged from None
 
 
 def _path(owner: str, kind: str, record_id: str) -> str:
     return f"{_folder(owner)}/{kind}s/{record_id}.json"
+
+
+def _version_path(record: Record) -> str:
+    """Of one life of a session: another one of its name begins to count anew."""
+    return f"{_folder(record.owner)}/versions/{record.id}.{int(record.created * 1e6)}.{record.version}"
 
 
 def _state_path(record: Record) -> str:
@@ -166,6 +242,11 @@ def _state_path(record: Record) -> str:
 
 def _folder(owner: str) -> str:
     return hashlib.blake2b(owner.encode(), digest_size=12).hexdigest()
+
+
+def _written(record: Record) -> bytes:
+    body = asdict(record)
+    return json.dumps({"record": body, "checksum": _checksum(body)}).encode()
 
 
 def _checksum(body: dict[str, Any]) -> str:

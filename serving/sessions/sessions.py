@@ -1,25 +1,29 @@
 """What can be done with sessions, in no protocol's terms."""
 
 import asyncio
+import random
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
 from serving.errors import (
+    AbortedError,
     DataLossError,
     FailedPreconditionError,
     InvalidArgumentError,
     OverloadedError,
+    RequestError,
     UnavailableError,
 )
 from serving.sessions.records import SESSION, SNAPSHOT, Record, Records
 from serving.sessions.store import StateStore
+from serving.sessions.sweep import Sweeper
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,6 +33,9 @@ STORE_THREADS = 8
 STORE_S = 30.0
 """That the store may take for one operation."""
 
+SWEEP_S = 600.0
+"""Between two looks for what has expired; what is expired goes with the first after records.GRACE_S."""
+
 
 @dataclass(slots=True)
 class Turn:
@@ -37,21 +44,20 @@ class Turn:
     record: Record
     state: bytes  # after a beginning of its tokens; empty where there is none
     _records: Records
-    _run: Callable[..., Awaitable[None]]
+    _run: Callable[..., Awaitable[Record]]
 
     async def commit(self, tokens: list[int], state: bytes | None) -> None:
         """The turn has been carried out: all that the session is to hold from now on, and, where there is a newer
-        one, the state after a beginning of it. Raises FailedPreconditionError."""
-        await self._run(self._commit, tokens, state)
+        one, the state after a beginning of it. Raises AbortedError where another turn came in between, or
+        NotFoundError where the session was deleted."""
+        self.record = await self._run(self._commit, tokens, state)
 
-    def _commit(self, tokens: list[int], state: bytes | None) -> None:
+    def _commit(self, tokens: list[int], state: bytes | None) -> Record:
         old = self._records.read(self.record.owner, SESSION, self.record.id)
         if old.version != self.record.version:
-            raise FailedPreconditionError(f"session_id = {old.id!r}: another turn has come in between")
-        now = time.time()
-        new = self._records.write(replace(old, tokens=tokens, turns=old.turns + 1, used=now), state)
-        if new.state != old.state:
-            self._records.drop_state(old)
+            raise AbortedError(f"session_id = {old.id!r}: another turn has come in between")
+        changes = {"turns": old.turns + 1, "used": time.time(), "busy_until": 0.0}
+        return self._records.update(old, state, tokens=tokens, **changes)
 
 
 class Sessions:
@@ -65,6 +71,22 @@ class Sessions:
         self._busy: set[tuple[str, str]] = set()
         self._adding: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by owner
         self._threads = ThreadPoolExecutor(STORE_THREADS, "fathom-sessions")
+        self._sweeper = Sweeper(store)
+        self._sweeping: asyncio.Task[None] | None = None
+
+    def keep_tidy(self) -> None:
+        """Take what has expired out of the store, from time to time, from now on."""
+        self._sweeping = asyncio.create_task(self._sweep())
+
+    def close(self) -> None:
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(random.uniform(0.5, 1.5) * SWEEP_S)  # gateways that start together take turns
+            with suppress(UnavailableError):
+                await asyncio.get_running_loop().run_in_executor(self._threads, self._sweeper.sweep)
 
     async def create(
         self, owner: str, model: str, fingerprint: str, ttl_s: float | None, session_id: str = ""
@@ -113,8 +135,11 @@ class Sessions:
                 await self._run(self._records.delete, record)
 
     @asynccontextmanager
-    async def turn(self, owner: str, session_id: str, model: str, fingerprint: str) -> AsyncIterator[Turn]:
-        """A session to generate within; nobody else can meanwhile, here. It stays as it was unless the turn commits.
+    async def turn(
+        self, owner: str, session_id: str, model: str, fingerprint: str, lasts_s: float = 0.0
+    ) -> AsyncIterator[Turn]:
+        """A session to generate within; nobody else can meanwhile, here. It stays as it was unless the turn commits,
+        and does not expire before the turn is over, at the latest after `lasts_s`.
 
         Raises NotFoundError, DataLossError, or FailedPreconditionError where it is in use or of another model."""
         with self._alone(owner, session_id):
@@ -123,7 +148,21 @@ class Sessions:
                 raise FailedPreconditionError(f"session_id = {session_id!r}: it is of model {record.model!r}")
             _check_model(record, fingerprint)
             record, state = await self._run(self._records.whole, owner, SESSION, session_id)
-            yield Turn(record, state, self._records, self._run)
+            until = time.time() + lasts_s + 2 * STORE_S
+            marked = record.expires < until
+            if marked:
+                record = await self._run(self._records.update, record, busy_until=until)
+            turn = Turn(record, state, self._records, self._run)
+            try:
+                yield turn
+            finally:
+                if marked and turn.record is record:
+                    await self._let_go(record)
+
+    async def _let_go(self, record: Record) -> None:
+        """A turn is over that committed nothing: the session has been used all the same."""
+        with suppress(RequestError):
+            await self._run(self._records.update, record, used=time.time(), busy_until=0.0)
 
     @contextmanager
     def _alone(self, owner: str, record_id: str) -> Iterator[None]:
@@ -166,7 +205,7 @@ class Sessions:
         full = self._records.count(record.owner) >= self._most
         if full and len(self._records.all(record.owner)) >= self._most:  # which forgets what has expired
             raise OverloadedError(f"there are {self._most} sessions and snapshots, and no more are allowed")
-        return self._records.write(record, state)
+        return self._records.add(record, state)
 
     def _ttl(self, ttl_s: float | None) -> float:
         if ttl_s is None:

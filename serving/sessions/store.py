@@ -15,7 +15,7 @@ log = logging.getLogger("fathom.gateway")
 
 
 class StateStore:
-    """Blobs by path. Safe for any number of processes; the last writer of a path wins.
+    """Blobs by path. Safe for any number of processes; the last writer of a path wins, or (`create`) the first.
 
     Each method raises UnavailableError where the store is full, read-only, or out of reach."""
 
@@ -32,17 +32,39 @@ class StateStore:
                 self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
                 self._fs.pipe_file(target, data)
                 return
-            # States tell what was said. Another writer may make the folder at the same time.
-            self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
-            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-            partial = f"{target}.{secrets.token_hex(4)}.partial"
-            try:
-                self._fs.pipe_file(partial, data)
+            with self._partial(target, data) as partial:
                 os.replace(partial, target)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    self._fs.rm_file(partial)
-                raise
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Keep a blob under a path where there is none; whether it was so. Of several who try, one succeeds: in a
+        folder, and in any store whose fsspec knows `mode="create"`."""
+        target = f"{self._root}/{path}"
+        with _told("written to"):
+            try:
+                if self._folder is None:
+                    self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+                    self._fs.pipe_file(target, data, mode="create")
+                else:
+                    with self._partial(target, data) as partial:
+                        os.link(partial, target)
+            except FileExistsError:
+                return False
+        return True
+
+    @contextlib.contextmanager
+    def _partial(self, target: str, data: bytes) -> Iterator[str]:
+        """A file beside the target, to take its place; nothing is left of it afterwards."""
+        # States tell what was said. Another writer may make the folder at the same time.
+        assert self._folder is not None
+        self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+        self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        partial = f"{target}.{secrets.token_hex(4)}.partial"
+        try:
+            self._fs.pipe_file(partial, data)
+            yield partial
+        finally:
+            with contextlib.suppress(OSError):
+                self._fs.rm_file(partial)
 
     def get(self, path: str) -> bytes:
         """Raises KeyError where there is none."""
@@ -58,7 +80,7 @@ class StateStore:
             self._fs.rm_file(f"{self._root}/{path}")
 
     def list(self, folder: str) -> list[str]:
-        """Names of the blobs in a folder."""
+        """Names of the blobs (and folders) in a folder."""
         with _told("read"):
             try:
                 entries = self._fs.ls(f"{self._root}/{folder}", detail=False, refresh=True)

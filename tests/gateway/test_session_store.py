@@ -16,6 +16,7 @@ from protos.fathom.v1 import inference_pb2 as pb
 from protos.fathom.v1 import sessions_pb2
 from serving.config import GatewaySpec
 from serving.errors import (
+    AbortedError,
     DataLossError,
     FailedPreconditionError,
     NotFoundError,
@@ -23,10 +24,12 @@ from serving.errors import (
     UnavailableError,
 )
 from serving.sessions import sessions as module
-from serving.sessions.records import SESSION, SNAPSHOT
+from serving.sessions.records import GRACE_S, SESSION, SNAPSHOT
 from serving.sessions.sessions import Sessions
 from serving.sessions.store import StateStore
+from serving.sessions.sweep import Sweeper
 from tests import tiny
+from tests.engine.fake import Clock
 from tests.gateway.harness import house
 from tests.gateway.ingress import patient  # noqa: F401  (used by being here)
 from tests.gateway.test_sessions import GENERATE, SESSIONS, create, turn
@@ -77,8 +80,8 @@ def sessions_at(url: object, most: int = 100) -> Sessions:
     return Sessions(StateStore(str(url)), ttl_s=100, most=most)
 
 
-async def made(sessions: Sessions, tokens: list[int], state: bytes) -> str:
-    record = await sessions.create(OWNER, "m", "f", None)
+async def made(sessions: Sessions, tokens: list[int], state: bytes, ttl_s: float | None = None) -> str:
+    record = await sessions.create(OWNER, "m", "f", ttl_s)
     async with sessions.turn(OWNER, record.id, "m", "f") as one:
         await one.commit(tokens, state)
     return record.id
@@ -244,3 +247,127 @@ async def test_records_and_states_of_others_are_not_taken_for_ones_own(tmp_path:
     with pytest.raises(NotFoundError):
         await sessions.get("bob", other.id)
     assert (await sessions.fork(OWNER, two, None)).tokens == [2]
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock(1e9)
+    monkeypatch.setattr("time.time", clock)
+    return clock
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+async def test_a_session_does_not_expire_under_its_turn(tmp_path: Path, now: Clock) -> None:
+    """100 seconds without use, and a turn of 500; another gateway looks, and sweeps, meanwhile."""
+    sessions, other = sessions_at(tmp_path), sessions_at(tmp_path)
+    session_id = await made(sessions, [1], b"state")
+    async with sessions.turn(OWNER, session_id, "m", "f", lasts_s=600) as one:
+        for _ in range(5):
+            now.now += 100
+            assert [record.id for record in await other.all(OWNER)] == [session_id]
+            other._sweeper.sweep()
+        await one.commit([1, 2], b"newer")
+    now.now += 99
+    assert (await other.get(OWNER, session_id)).tokens == [1, 2]
+    async with sessions.turn(OWNER, session_id, "m", "f", lasts_s=600):
+        now.now += 500  # cancelled then
+    now.now += 99
+    assert (await other.get(OWNER, session_id)).turns == 2, "it was used, and stayed as it was"
+    now.now += 2
+    with pytest.raises(NotFoundError):
+        await other.get(OWNER, session_id)
+
+
+async def test_what_has_expired_is_taken_out_of_the_store(tmp_path: Path, now: Clock) -> None:
+    sessions, sweeper = sessions_at(tmp_path), Sweeper(StateStore(str(tmp_path)))
+    brief = await made(sessions, [1], b"brief")
+    lasting = await made(sessions, [2], b"lasting", 1000)
+    damaged = await made(sessions, [3], b"damaged")
+    next(tmp_path.rglob(f"{damaged}.json")).write_bytes(b"[")
+    store = sessions._records._store
+    owner = store.list("")[0]
+    store.put(f"{owner}/states/{brief}x.abc.safetensors", b"of a writer that was killed before its record")
+    store.put(f"{owner}/states/{lasting}.abc.safetensors", b"or before its next one")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine").write_text("somebody else's")
+    before = files(tmp_path)
+    sweeper.sweep()
+    assert files(tmp_path) == before, "nothing has expired, and what leads nowhere may just have been begun"
+    now.now += 101 + GRACE_S
+    async with sessions.turn(OWNER, lasting, "m", "f") as one:
+        await one.commit([2, 2], b"lasting, newer")
+    sweeper.sweep()
+    left = {name.partition(".")[0] for name in files(tmp_path)}
+    assert left == {lasting, damaged, "mine"}
+    assert (await sessions.fork(OWNER, lasting, None)).tokens == [2, 2]
+    assert len(files(tmp_path / owner / "states")) == 3
+
+
+class Slow(StateStore):
+    """Everybody waits before they create until all are there."""
+
+    def __init__(self, url: str, barrier: threading.Barrier):
+        super().__init__(url)
+        self._barrier = barrier
+
+    def create(self, path: str, data: bytes) -> bool:
+        self._barrier.wait(30)
+        return super().create(path, data)
+
+
+@pytest.mark.parametrize("url", ["", "memory://states"])
+async def test_of_turns_that_are_committed_at_one_instant_one_is_kept(tmp_path: Path, url: str) -> None:
+    url = f"{url}/{tmp_path.name}" if url else str(tmp_path)
+    session_id = await made(sessions_at(url), [1], b"state")
+    for round_ in range(3):
+        barrier = threading.Barrier(4)
+        gateways = [Sessions(Slow(url, barrier), ttl_s=100, most=100) for _ in range(4)]
+        before = await gateways[0].get(OWNER, session_id)
+
+        async def commit(number: int, gateways: list[Sessions] = gateways, round_: int = round_) -> int:
+            async with gateways[number].turn(OWNER, session_id, "m", "f") as one:
+                await one.commit([round_, number], f"{round_} {number}".encode())
+            return number
+
+        told = await asyncio.gather(*map(commit, range(4)), return_exceptions=True)
+        (winner,) = [one for one in told if isinstance(one, int)]
+        assert sum(isinstance(one, AbortedError) for one in told) == 3
+        fork = await sessions_at(url).fork(OWNER, session_id, None)
+        assert fork.tokens == [round_, winner] and fork.turns == before.turns + 1
+        states = sessions_at(url)._records
+        assert states.state(fork) == f"{round_} {winner}".encode()
+        owner = states._store.list("")[0]
+        assert len([n for n in states._store.list(f"{owner}/states") if n.startswith(session_id)]) == 1
+        assert len([n for n in states._store.list(f"{owner}/versions") if n.startswith(session_id)]) == 1
+
+
+async def test_a_turn_is_kept_whose_gateway_dies_while_it_is_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = sessions_at(tmp_path)
+    session_id = await made(sessions, [1], b"state")
+    store = sessions._records._store
+    put = store.put
+
+    def killed(path: str, data: bytes) -> None:
+        if path.endswith(".json"):
+            raise KeyboardInterrupt
+        put(path, data)
+
+    monkeypatch.setattr(store, "put", killed)
+    record = await sessions.get(OWNER, session_id)
+    with pytest.raises(KeyboardInterrupt):
+        sessions._records.update(record, b"newer", tokens=[1, 2])
+    other = sessions_at(tmp_path)
+    async with other.turn(OWNER, session_id, "m", "f") as one:
+        assert one.record.tokens == [1, 2] and one.state == b"newer"
+        await one.commit([1, 2, 3], b"newest")
+    with pytest.raises(AbortedError):
+        other._records.update(record, b"older", tokens=[1, 9])
+    assert (await other.get(OWNER, session_id)).tokens == [1, 2, 3]
+    await other.delete(OWNER, SESSION, session_id)
+    Sweeper(store).sweep()
+    assert len(files(tmp_path)) == 1, "the state before the one that was committed when it died"

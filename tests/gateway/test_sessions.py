@@ -13,6 +13,9 @@ from protos.fathom.v1 import inference_pb2 as pb
 from protos.fathom.v1 import sessions_pb2 as sessions
 from serving import LLM, SamplingParams
 from serving.config import GatewaySpec
+from serving.engine.core import Result, Tick
+from serving.engine.paths import PathTable
+from serving.engine.rows import Rows
 from tests import tiny
 from tests.gateway.harness import House, house
 
@@ -100,6 +103,43 @@ async def test_forks_share_one_prefill(folder: Path, tmp_path: Path) -> None:
             assert ids == alone(folder, [*prompt, *first, number + 1])
             seen.add(tuple(ids))
         assert len(seen) > 1
+
+
+async def test_eight_continuations_of_ten_thousand_tokens_cost_one_prefill(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted where the model runs, without a prefix cache that could have saved it; all at once."""
+    prompt = [i * i % 290 + 1 for i in range(10_000)]
+    async with served(folder, tmp_path / "store", prefill_tokens=2048, prefix_cache_mb=0) as h:
+        runner, read = h.replicas[0]._engine.runner, []
+        run = runner.run
+
+        def counted(tick: Tick, rows: Rows, paths: PathTable) -> Result:
+            if tick.final:
+                read.extend(len(chunk.ids) for chunk in tick.chunks)
+            return run(tick, rows, paths)
+
+        monkeypatch.setattr(runner, "run", counted)
+        session_id = await create(h)
+        await turn(h, session_id, prompt, max_tokens=1)
+        assert sum(read) == 10_000
+        forks = [
+            await h.unary(SESSIONS + "Fork", sessions.ForkSessionRequest(session_id=session_id))
+            for _ in range(8)
+        ]
+        told = await asyncio.gather(
+            *(turn(h, fork.session_id, [number + 1]) for number, (fork, _) in enumerate(forks))  # type: ignore[attr-defined]
+        )
+        assert {(usage.prompt_tokens, usage.cached_tokens) for _, usage, _ in told} == {(10_002, 10_000)}
+        assert sum(read) == 10_000 + 8 * 2, "of each the token that was not fed yet, and the new one"
+        assert len({tuple(ids) for ids, _, _ in told}) > 1
+        read.clear()
+        request = pb.GenerateRequest(
+            tokens=pb.TokenIds(ids=prompt), sampling=pb.SamplingParams(n=8, max_tokens=2)
+        )
+        _, context = await h.stream(GENERATE, request)
+        assert context.code is grpc.StatusCode.OK and sum(read) == 10_000, "n = 8 without a session, likewise"
+        await h.idle()
 
 
 async def test_a_snapshot_is_a_point_to_come_back_to(folder: Path, tmp_path: Path) -> None:

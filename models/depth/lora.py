@@ -50,9 +50,12 @@ class DepthLora(nn.Module):
         return sum(p.numel() for p in self.parameters()) // len(self.A)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, in] -> what is added, [T, out], all parts side by side."""
-        added = depth_lora(x, self.A, self.B, self._depths.value, self.sizes) * self.scale
-        return added if self.bias is None else added + self.bias[self._depths.value]
+        """x [T, in], or [T, heads, in] -> what is added, [T, out] or [T, heads, out], all parts side by side."""
+        depths = self._depths.value
+        if x.dim() == 3:
+            depths = depths.repeat_interleave(x.shape[1])
+        added = depth_lora(x.flatten(0, -2), self.A, self.B, depths, self.sizes) * self.scale
+        return (added if self.bias is None else added + self.bias[depths]).unflatten(0, x.shape[:-1])
 
 
 class DepthNorm(nn.Module):

@@ -134,7 +134,7 @@ class Attention(Mixer):
 
     def _kv(self, x: Tensor) -> Tensor:
         """The last two parts of `qkv`, side by side."""
-        first = self.heads * self.head_dim
+        first = self.qkv.sizes[0]  # of queries, and of what lies beside them
         weight, bias = self.qkv.weight[first:], None if self.qkv.bias is None else self.qkv.bias[first:]
         if self.qkv.blocked is None or not self.qkv.blocked.takes(x):
             return linear(x, weight, bias)

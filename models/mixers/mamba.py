@@ -130,6 +130,8 @@ class Mamba(Mixer):
         """Low-rank [T, R] -> softplus(W low + bias) [T, C], float32."""
         if self._step is not None and not torch.is_grad_enabled():
             return softplus(self.dt_proj(low))
+        if self.dt_proj._forward_hooks:  # a LoRA by depth adds to what the projection gives
+            return F.softplus(self.dt_proj(low).float())
         return F.softplus(F.linear(low, self.dt_proj.weight).float() + self.dt_proj.bias.float())
 
     def flops(self) -> int:

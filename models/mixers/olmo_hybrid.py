@@ -104,6 +104,9 @@ class PostNormBlock(Block):
         x = x + self.mixer_norm(self.mixer(x, batch, state))
         return x + self.mlp_norm(self.mlp(x))
 
+    def fill(self, x: Tensor, batch: Batch, state: LayerState | None) -> None:
+        self.mixer.write(x, batch, state)
+
 
 def build(raw: dict[str, Any], file: object) -> tuple[Config, Decoder]:
     c = Config.read(raw, file)

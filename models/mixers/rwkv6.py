@@ -54,7 +54,7 @@ class RWKV6(Mixer):
         self.heads, self.K, self.V = H, K, V
         self.shift = TokenShift(D)
         self.x_down = saved_as("x_proj.0", Lerp(D, 5 * R))
-        self.x_up = saved_as("x_proj.2", Linear(5 * R, D, bias=False))
+        self.x_up = saved_as("x_proj.2", Shares(R, D))
         self.x_bias = nn.Parameter(torch.empty(5, D))
         self.r_proj = saved_as("r_proj.linear", Linear(D, H * K, bias=False))
         self.k_proj = saved_as("k_proj.linear", Linear(D, H * K, bias=False))
@@ -72,11 +72,7 @@ class RWKV6(Mixer):
     def forward(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
         delta = self.shift(x, batch, pool_of(state, "shift"))
         low = torch.tanh(self.x_down(x, delta)).unflatten(-1, (5, -1))  # [T, 5, R]
-        up = self.x_up.weight.unflatten(-1, (5, -1))  # [D, 5, R]
-        shares = invariant_baddbmm(
-            self.x_bias[:, None], low.transpose(0, 1), up.permute(1, 2, 0)
-        )  # [5, T, D]
-        r, w, k, v, g = torch.addcmul(x, delta, shares).unbind(0)
+        r, w, k, v, g = torch.addcmul(x, delta, self.x_up(low, self.x_bias)).unbind(0)
         w = self.w_up(torch.tanh(self.w_down(w)))
         o = outer(
             self.r_proj(r).unflatten(-1, (self.heads, self.K)),
@@ -92,6 +88,20 @@ class RWKV6(Mixer):
 
     def flops(self) -> int:
         return 8 * self.heads * self.K * self.V
+
+
+class Shares(nn.Module):
+    """How much of the token before each of five projections sees: a small projection for each, side by side in one
+    weight."""
+
+    def __init__(self, rank: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, 5 * rank))
+
+    def forward(self, low: Tensor, bias: Tensor) -> Tensor:
+        """low [T, 5, rank], bias [5, D] -> [5, T, D]."""
+        up = self.weight.unflatten(-1, (5, -1))  # [D, 5, rank]
+        return invariant_baddbmm(bias[:, None], low.transpose(0, 1), up.permute(1, 2, 0))
 
 
 class Lerp(nn.Module):

@@ -2,18 +2,21 @@
 lists. It shares projections, norms and MLPs with the models under test, and nothing else."""
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from models.batch import Batch
-from models.decoder import Block, Decoder
+from models.decoder import Block, Decoder, Mixer
 from models.depth.huginn import Huginn
 from models.depth.huginn import SandwichBlock as HuginnBlock
 from models.depth.looped import LoopedDecoder
 from models.depth.noise import truncated_normal
 from models.depth.ouro import SandwichBlock as OuroBlock
 from models.mixers.attention import Attention
+from models.mixers.olmo_hybrid import PostNormBlock
+from models.mixers.qwen3_next import GatedAttention
 from models.state import Layout, StatePool
 from serving.engine.depth import AT_LEAST, DEFAULT_THRESHOLDS, DepthPolicy
 
@@ -73,7 +76,7 @@ class Plain:
             if self.leaves(depth, before, x, position):
                 if self.model.fills:
                     for skipped in range(depth, self.reach(last)):
-                        self.mix(skipped, 0, x, position)
+                        self.skip(skipped, 0, x, position)
                 return self.model.logits(x)[0], depth
             before = x
         return self.model.logits(x)[0], last
@@ -109,7 +112,7 @@ class Plain:
                 if model.fills:
                     for skipped in core[number : self.reach(len(core))]:
                         for depth in range(model.loop.depths):
-                            self.mix(skipped, depth, x, position)
+                            self.skip(skipped, depth, x, position)
                 return x, number
         return x, len(core)
 
@@ -133,9 +136,9 @@ class Plain:
                 for deeper in range(depth + 1, self.reach(model.loop.depths)):
                     for j, layer in enumerate(core):
                         if model.loop.skipped == "propagate":
-                            self.mix(layer, deeper, x, position)
+                            self.skip(layer, deeper, x, position)
                         elif model.loop.skipped == "last_exited":
-                            self.mix(layer, deeper, given[j], position, weights_of=depth)
+                            self.skip(layer, deeper, given[j], position, weights_of=depth)
                 return x, depth + 1
         return x, model.loop.depths
 
@@ -203,16 +206,33 @@ class Plain:
 
     # Layers.
 
-    def layer(self, layer: int, depth: int, x: Tensor, position: int) -> Tensor:
+    def skip(self, layer: int, depth: int, x: Tensor, position: int, weights_of: int | None = None) -> None:
+        """Write what later tokens see, of a layer of one mixer or of two."""
         block: Block = self.model.layers[layer]  # type: ignore[assignment]
-        mixed = self.mix(layer, depth, x, position)
+        write = self.layer if isinstance(block.mlp, Mixer) else self.mix
+        write(layer, depth, x, position, weights_of)
+
+    def layer(
+        self, layer: int, depth: int, x: Tensor, position: int, weights_of: int | None = None
+    ) -> Tensor:
+        block: Block = self.model.layers[layer]  # type: ignore[assignment]
+        mixed = self.mix(layer, depth, x, position, weights_of)
         if isinstance(block, HuginnBlock):
             x = block.norm_2(mixed + x)
             return block.norm_4(block.mlp(block.mlp_norm(x)) + x)
         if isinstance(block, OuroBlock):
             x = x + block.mixer_norm_2(mixed)
             return x + block.mlp_norm_2(block.mlp(block.mlp_norm(x)))
+        if isinstance(block, PostNormBlock):
+            x = x + block.mixer_norm(mixed)
+            return x + block.mlp_norm(block.mlp(x))
+        if block.pre_norm is not None:
+            x = block.pre_norm(x)
         x = x + mixed
+        if block.mlp is None:
+            return x
+        if isinstance(block.mlp, Mixer):
+            return x + self.recur(block.mlp, layer, depth, block.mlp_norm(x), position)
         return x + block.mlp(block.mlp_norm(x))
 
     def mix(self, layer: int, depth: int, x: Tensor, position: int, weights_of: int | None = None) -> Tensor:
@@ -221,20 +241,36 @@ class Plain:
         shared = isinstance(self.model, LoopedDecoder) and self.model.loop.skipped == "shared"
         if isinstance(self.model, LoopedDecoder):
             self.model.token_depths.value = torch.tensor([depth if weights_of is None else weights_of])
-        h = block.mixer_norm(x)
+        h = x if block.pre_norm is None else block.pre_norm(x)
+        h = h if isinstance(block, PostNormBlock) else block.mixer_norm(h)
         if not isinstance(block.mixer, Attention):
-            pool = self.states.setdefault((layer, depth), StatePool(Layout.of([block.leaves()]), 1))
-            index = torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1])
-            return block.mixer(h, Batch(*index, torch.tensor([position])), pool.layers[0])
-        attention = block.mixer
-        q, k, v = attention.project(h, torch.tensor([position]))
+            return self.recur(block.mixer, layer, depth, h, position)
+        attention, gate = block.mixer, None
+        if isinstance(attention, GatedAttention):
+            both, k, v = attention.qkv(h)
+            q, gate = both.unflatten(-1, (attention.heads, -1)).chunk(2, -1)
+            k, v = (y.unflatten(-1, (attention.kv_heads, -1)) for y in (k, v))
+            q, k, v = attention.prepared(q, k, v, torch.tensor([position]))
+        else:
+            q, k, v = attention.project(h, torch.tensor([position]))
         known = self.entries.setdefault((layer, 0 if shared else depth), [])
         if not (shared and depth):
             known.append((k[0], v[0]))
-        keys, values = (torch.stack(x) for x in zip(*known, strict=True))
+        seen = known[-(attention.window or 0) :]  # of those that came here
+        keys, values = (torch.stack(x) for x in zip(*seen, strict=True))
         group = attention.heads // attention.kv_heads
         out = []
         for head in range(attention.heads):
-            weights = (keys[:, head // group] @ q[0, head] * attention.scale).softmax(0)
-            out.append(weights @ values[:, head // group])
-        return attention.o_proj(torch.cat(out)[None])
+            scores = keys[:, head // group] @ q[0, head] * attention.scale
+            if attention.softcap is not None:
+                scores = attention.softcap * torch.tanh(scores / attention.softcap)
+            out.append(scores.softmax(0) @ values[:, head // group])
+        o = torch.cat(out)[None]
+        return attention.o_proj(o if gate is None else o * torch.sigmoid(gate.flatten(1)))
+
+    def recur(self, mixer: Mixer, layer: int, depth: int, h: Tensor, position: int) -> Tensor:
+        """One step of a recurrent mixer of one layer at one depth, its state advanced."""
+        leaves = cast("Block", self.model.layers[layer]).leaves()  # a layer with two mixers has one state
+        pool = self.states.setdefault((layer, depth), StatePool(Layout.of([leaves]), 1))
+        index = torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1])
+        return mixer(h, Batch(*index, torch.tensor([position])), pool.layers[0])

@@ -13,11 +13,14 @@ from itertools import islice
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from serving.engine.core import Ints
 
 SHORTEST = 16  # tokens: a state is not saved for less, nor so near to another one
 MOST_GHOSTS = 4096  # nodes that only remember that there was a state
+GHOSTS_SHARE = 0.125  # of the budget that edges take, from which on nobody is remembered who has no state
+NODE_BYTES = 512  # of a node itself, about
 MOST_POLICIES = 64  # whose trees are looked at for the reason of a miss, the newest first
 
 
@@ -41,12 +44,20 @@ class Miss(StrEnum):
     BETWEEN = "between_snapshots"  # seen before, but the next saved state lies beyond where this prompt parts
 
 
+Edge = npt.NDArray[np.int32]
+
+
+def edge_bytes(tokens: int) -> int:
+    """That a node takes beside its state."""
+    return NODE_BYTES + 4 * tokens
+
+
 @dataclass(eq=False, slots=True)
 class Node:
     """The tokens from its parent's end to its own."""
 
     parent: "Node | None"
-    edge: Ints
+    edge: Edge
     end: int  # tokens from the root
     children: "dict[int, Node]" = field(default_factory=dict)
     saved: Saved | None = None
@@ -81,11 +92,20 @@ class Match:
 class PrefixCache:
     """States by prefix, within a budget of bytes."""
 
-    def __init__(self, budget: int, *, grows: bool = False, most_ghosts: int = MOST_GHOSTS):
+    def __init__(
+        self,
+        budget: int,
+        *,
+        grows: bool = False,
+        most_ghosts: int = MOST_GHOSTS,
+        edge_bytes: Callable[[int], int] = edge_bytes,
+    ):
         """`grows`: a saved state holds only what its prefix adds to the one above it, so that one cannot go before
-        those below it."""
+        those below it. `edge_bytes`: what a node with so many tokens takes beside its state."""
         self.budget = budget
-        self.bytes = 0
+        self.state_bytes = 0
+        self.edges_bytes = 0  # of the tree itself
+        self._edge_bytes = edge_bytes
         self.evictions = 0
         self._grows = grows
         self._most_ghosts = most_ghosts
@@ -93,6 +113,11 @@ class PrefixCache:
         self._inflation = 0.0  # value of the last state that had to go
         self._states: dict[Node, None] = {}
         self._ghosts: OrderedDict[Node, None] = OrderedDict()
+
+    @property
+    def bytes(self) -> int:
+        """All that counts against the budget."""
+        return self.state_bytes + self.edges_bytes
 
     def match(self, key: Hashable, ids: Ints, most: int) -> Match:
         """The longest saved prefix of `ids`, at most `most` tokens of it."""
@@ -113,13 +138,13 @@ class PrefixCache:
             return
         above = next(node.lineage(), None) if self._grows else None
         saved = save(None if above is None else above.saved)
-        if saved.nbytes > self.budget:
+        if saved.nbytes + self._edge_bytes(len(node.edge)) > self.budget:
             self._prune(node)
             return
         node.saved, node.evicted, node.since = saved, False, 0 if above is None else above.end
         self._ghosts.pop(node, None)
         self._states[node] = None
-        self.bytes += saved.nbytes
+        self.state_bytes += saved.nbytes
         self._touch(node)
         self._evict(node)
 
@@ -160,13 +185,16 @@ class PrefixCache:
         if seen > node.end:  # inside an edge: cut it in two
             below = node.children[int(ids[node.end])]
             cut = seen - node.end
-            middle = Node(node, below.edge[:cut], seen, {int(below.edge[cut]): below})
+            middle = Node(node, below.edge[:cut].copy(), seen, {int(below.edge[cut]): below})
             node.children[int(ids[node.end])] = middle
-            below.parent, below.edge = middle, below.edge[cut:]
+            self.edges_bytes -= self._edge_bytes(len(below.edge))
+            below.parent, below.edge = middle, below.edge[cut:].copy()
+            self.edges_bytes += self._edge_bytes(len(middle.edge)) + self._edge_bytes(len(below.edge))
             node = middle
         if node.end < len(ids):
-            leaf = Node(node, ids[node.end :].copy(), len(ids))
+            leaf = Node(node, ids[node.end :].astype(np.int32), len(ids))
             node.children[int(ids[node.end])] = leaf
+            self.edges_bytes += self._edge_bytes(len(leaf.edge))
             node = leaf
         return node
 
@@ -177,23 +205,38 @@ class PrefixCache:
         node.value = self._inflation + (node.end - above) / max(1, node.saved.nbytes)
 
     def _evict(self, spared: Node) -> None:
-        while self.bytes > self.budget:
-            chosen = min(
-                (n for n in self._states if n is not spared and self._can_go(n)), key=_value, default=None
-            )
-            if chosen is None:  # only what the new state stands on is left
-                chosen = spared
-            assert chosen.saved is not None
-            self._inflation = max(self._inflation, chosen.value)
-            self.bytes -= chosen.saved.nbytes
-            self.evictions += 1
-            del self._states[chosen]
-            chosen.saved, chosen.evicted = None, True
-            self._ghosts[chosen] = None
-            if chosen is spared:
+        """Until all fits: those who only remember go where they take much, then states, then what is left."""
+        while self._shed_ghosts() > self.budget:
+            others = (n for n in self._states if n is not spared and self._can_go(n))
+            least = min(others, key=_value, default=None)
+            if least is not None:
+                self._drop_state(least)
+            elif spared.saved is not None:  # only what it stands on is left
+                self._drop_state(spared)
+            elif self._ghosts:
+                self._forget_ghost()
+            else:
                 break
-        while len(self._ghosts) > self._most_ghosts:
-            self._prune(self._ghosts.popitem(last=False)[0])
+
+    def _drop_state(self, node: Node) -> None:
+        assert node.saved is not None
+        self._inflation = max(self._inflation, node.value)
+        self.state_bytes -= node.saved.nbytes
+        self.evictions += 1
+        del self._states[node]
+        node.saved, node.evicted = None, True
+        self._ghosts[node] = None
+
+    def _shed_ghosts(self) -> int:
+        """Forget those who are too many, or take too much; returns what all takes then."""
+        while self._ghosts and (
+            len(self._ghosts) > self._most_ghosts or self.edges_bytes > GHOSTS_SHARE * self.budget
+        ):
+            self._forget_ghost()
+        return self.bytes
+
+    def _forget_ghost(self) -> None:
+        self._prune(self._ghosts.popitem(last=False)[0])
 
     def _can_go(self, node: Node) -> bool:
         return not self._grows or not any(_below(node))
@@ -204,6 +247,7 @@ class PrefixCache:
             node.parent is not None and not node.children and node.saved is None and node not in self._ghosts
         ):
             del node.parent.children[int(node.edge[0])]
+            self.edges_bytes -= self._edge_bytes(len(node.edge))
             node = node.parent
         if node.parent is None and not node.children and node.saved is None:
             self._roots.pop(node.key, None)
@@ -221,7 +265,7 @@ class PrefixCache:
         return Miss.POLICY if any(s >= covered + SHORTEST for s in elsewhere) else Miss.UNSEEN
 
 
-def _common(a: Ints, b: Ints) -> int:
+def _common(a: Edge, b: Ints) -> int:
     """Length of the common beginning."""
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
@@ -229,7 +273,7 @@ def _common(a: Ints, b: Ints) -> int:
 
 
 def _root(key: Hashable) -> Node:
-    return Node(None, np.zeros(0, np.int64), 0, key=key)
+    return Node(None, np.zeros(0, np.int32), 0, key=key)
 
 
 def _value(node: Node) -> float:

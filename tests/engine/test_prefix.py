@@ -17,7 +17,7 @@ from serving import LLM, SamplingParams
 from serving.engine.core import Request
 from serving.engine.depth import DepthPolicy
 from serving.engine.news import Output
-from serving.engine.prefix import Miss, Node, PrefixCache
+from serving.engine.prefix import Miss, Node, PrefixCache, edge_bytes
 from tests import tiny
 from tests.depth.test_depth import GLA, LLAMA, recursive
 from tests.engine.fake import FakeRunner, assert_no_leak, looped, make_engine, plain, reference, signal
@@ -29,6 +29,11 @@ class Thing:
 
     ids: tuple[int, ...]
     nbytes: int = 10
+
+
+def free(tokens: int) -> int:
+    """Of a tree whose states alone count."""
+    return 0
 
 
 prefixes = st.lists(st.integers(0, 2), min_size=1, max_size=12).map(lambda ids: [7] * 17 + ids)
@@ -43,9 +48,12 @@ def below(node: Node) -> Iterator[Node]:
 class TreeAgainstDictionary(RuleBasedStateMachine):
     """Whatever is inserted and asked for, in any order, under a budget of five states."""
 
+    budget = 50
+    edge_bytes = staticmethod(free)
+
     def __init__(self) -> None:
         super().__init__()
-        self.cache = PrefixCache(50, most_ghosts=4)
+        self.cache = PrefixCache(self.budget, most_ghosts=4, edge_bytes=self.edge_bytes)
         self.known: dict[tuple[str, tuple[int, ...]], Thing] = {}
 
     @rule(key=st.sampled_from("ab"), ids=prefixes)
@@ -78,15 +86,40 @@ class TreeAgainstDictionary(RuleBasedStateMachine):
 
     @invariant()
     def within_budget(self) -> None:
-        assert self.cache.bytes == 10 * len(self.cache) <= 50
+        nodes = [node for root in self.cache._roots.values() for node in below(root)]
+        edges = sum(self.edge_bytes(len(node.edge)) for node in nodes)
+        assert self.cache.bytes == 10 * len(self.cache) + edges <= self.budget
         assert len(self.cache) == len(self.known)
 
 
+class TreeWithItsEdges(TreeAgainstDictionary):
+    """The same where the tokens of the tree count: three prompts at most."""
+
+    budget = 3 * edge_bytes(29)
+    edge_bytes = staticmethod(edge_bytes)
+
+
 TestTree = TreeAgainstDictionary.TestCase
+TestTreeWithItsEdges = TreeWithItsEdges.TestCase
+
+
+def test_small_states_of_long_prompts_do_not_outgrow_the_budget_by_their_tokens() -> None:
+    """A thousand prompts of 10,000 tokens, each with a state of 10 bytes: 30 megabytes of tokens, and a budget of one.
+    What is really held counts."""
+    cache = PrefixCache(1_000_000)
+    for number in range(1000):
+        ids = np.arange(10_000) + 10_000 * number
+        if number % 2:  # and some that part from another one in the middle
+            ids[:5000] = np.arange(5000) + 10_000 * (number - 1)
+        cache.insert("k", ids, lambda above: Thing(()))
+    nodes = [node for root in cache._roots.values() for node in below(root)]
+    bases = {id(e): e for e in (n.edge if n.edge.base is None else n.edge.base for n in nodes)}
+    assert sum(e.nbytes for e in bases.values()) <= cache.edges_bytes <= cache.bytes <= cache.budget
+    assert len(cache) > 20
 
 
 def test_every_miss_has_its_reason() -> None:
-    cache = PrefixCache(20)
+    cache = PrefixCache(20, edge_bytes=free)
     a = np.arange(100)
 
     def keep(ids: np.ndarray, key: str = "k") -> None:
@@ -107,7 +140,7 @@ def test_every_miss_has_its_reason() -> None:
 
 
 def test_policies_leave_nothing_behind() -> None:
-    cache = PrefixCache(20, most_ghosts=4)
+    cache = PrefixCache(20, most_ghosts=4, edge_bytes=free)
     ids = np.arange(40)
     for number in range(300):
         key = f"gate({number})"
@@ -117,7 +150,7 @@ def test_policies_leave_nothing_behind() -> None:
 
 
 def test_what_costs_least_to_compute_again_goes_first() -> None:
-    cache = PrefixCache(30)
+    cache = PrefixCache(30, edge_bytes=free)
     for first, length in ((1, 500), (2, 40), (3, 300), (4, 90)):
         cache.insert("k", np.array([first] * length), lambda above: Thing(()))
     assert not cache.holds("k", np.array([2] * 40))
@@ -125,7 +158,7 @@ def test_what_costs_least_to_compute_again_goes_first() -> None:
 
 
 def test_states_that_grow_are_saved_in_parts_and_the_upper_ones_stay() -> None:
-    cache = PrefixCache(30, grows=True)
+    cache = PrefixCache(30, grows=True, edge_bytes=free)
     ids = np.arange(90)
     for end in (90, 30, 60):
         cache.insert("k", ids[:end], lambda above: Thing((0 if above is None else len(above.ids), end)))  # noqa: B023
@@ -144,7 +177,7 @@ def test_states_that_grow_are_saved_in_parts_and_the_upper_ones_stay() -> None:
         min_size=1,
         max_size=14,
     ),
-    budget=st.sampled_from([100, 300, 10_000]),
+    budget=st.sampled_from([100, 300, 2_000, 10_000, 1_000_000]),
     deep=st.booleans(),
 )
 def test_the_engine_gives_the_same_with_and_without(

@@ -67,7 +67,7 @@ class ModelSpec(Strict):
     max_waiting: int = Field(256, ge=0)  # requests that one replica queues
     queue_target_s: float | None = Field(1, gt=0)
     """Where a request waits longer than this and the queue grows, the newest goes first; once it has been full for five
-    times as long, it has as many places as there are slots. null: only a full queue changes its order."""
+    times as long, it has twice as many places as there are slots. null: only a full queue changes its order."""
     batch_invariant: bool = True  # the same numbers in any batch, to the bit; slower prompts
     threads: int | None = Field(
         None, ge=1, le=1024

@@ -74,7 +74,7 @@ class Scheduler:
         self.governor = Governor(shed_wait_s, clock)
         self._fills = fills
         self._one_by_one = one_by_one
-        self._waiting = WaitingQueue(max_waiting, queue_target_s, clock, needed=slots)
+        self._waiting = WaitingQueue(max_waiting, queue_target_s, clock, needed=2 * slots)
         self._prefilling: list[Sequence] = []
         self._chunks: list[Chunk] = []
         self._deadlines: list[tuple[float, str]] = []

@@ -40,10 +40,11 @@ class WaitingQueue:
     """Start-time fair queuing (Goyal, Vin and Cheng 1996): a request's turn comes after as much work as its owner has
     already asked for. Whoever was idle begins at the present, and saves up nothing.
 
-    Of one owner's requests the first comes first; while more come than can be served, the last does. All would wait
-    long in their order; so some are served at once, and the others no later than not at all (adaptive LIFO: Maurer,
-    Fail at Scale, ACM Queue 13(8), 2015). That is while the queue has been full of late, or has kept somebody waiting
-    for longer than its target (Nichols and Jacobson, Controlling Queue Delay, ACM Queue 10(5), 2012) and grows."""
+    Of one owner's requests the first comes first; while more come than can be served, the last does, of those who have
+    no fewer places than others. All would wait long in their order; so some are served at once, and the others no
+    later than not at all (adaptive LIFO: Maurer, Fail at Scale, ACM Queue 13(8), 2015). That is while the queue has
+    been full of late, or has kept somebody waiting for longer than its target (Nichols and Jacobson, Controlling Queue
+    Delay, ACM Queue 10(5), 2012) and grows."""
 
     def __init__(
         self,
@@ -68,6 +69,7 @@ class WaitingQueue:
         )  # since when there have been refusals, one soon after the other, and the last
         self._heap: list[Place] = []
         self._requests: dict[str, Request] = {}  # by id, in the order of their arrival
+        self._places: Counter[str] = Counter()  # by owner
         self._numbers = itertools.count()
         self._now = 0.0  # virtual time: the start of the request that was taken last
         self._ends: dict[str, float] = {}  # virtual end of each owner's newest request
@@ -110,6 +112,7 @@ class WaitingQueue:
         self._ends[request.owner] = start + len(request.prompt) + given
         heapq.heappush(self._heap, Place(-request.priority, start, next(self._numbers), request, path))
         self._requests[request.id] = request
+        self._places[request.owner] += 1
         self._demand.came()
         self._look()
 
@@ -134,12 +137,11 @@ class WaitingQueue:
         """Takes a place from the owner who has most of them, two more than the owner of `request` at least, and
         returns who had it, the last of them to have had their turn: a full queue is shared fairly, too. None where
         nobody has, at this priority or below."""
-        counts = Counter(place.request.owner for place in self._heap)
-        owner, most = max(counts.items(), key=lambda item: (item[1], item[0]), default=("", 0))
+        owner, most = max(self._places.items(), key=lambda item: (item[1], item[0]), default=("", 0))
         theirs = [
             p for p in self._heap if p.request.owner == owner and p.request.priority <= request.priority
         ]
-        if most < counts[request.owner] + 2 or not theirs:
+        if most < self._places[request.owner] + 2 or not theirs:
             return None
         last = max(theirs)
         if self.newest_first:
@@ -149,15 +151,15 @@ class WaitingQueue:
 
     def give_up(self) -> list[Request]:
         """Takes out those whose turn is not going to come: where it is overloaded, the oldest of those that are too
-        many, and who has waited for too long. Not those who have had their place elsewhere, or a part of their
-        answer."""
+        many, of whoever has no fewer places than others, and who has waited for too long. Not those who have had their
+        place elsewhere, or a part of their answer."""
         if self._target_s is None or not self.overloaded:
             return []
-        latest, surplus = self._clock() - PATIENCE * self._target_s, len(self._heap) - self.most
-        mere = (r for r in self._requests.values() if r.priority <= MAX_PRIORITY and not r.resumed)
-        given_up = [r for number, r in enumerate(mere) if number < surplus or r.arrival <= latest]
-        for request in given_up:
-            self._refuse(self._place(request))
+        most, latest, given_up = self.most, self._clock() - PATIENCE * self._target_s, []
+        for request in [r for r in self._requests.values() if r.priority <= MAX_PRIORITY and not r.resumed]:
+            if request.arrival <= latest or (len(self._heap) > most and self._crowds(request.owner)):
+                self._refuse(self._place(request))
+                given_up.append(request)
         return given_up
 
     def oldest(self) -> float | None:
@@ -171,9 +173,15 @@ class WaitingQueue:
 
     def _turn(self) -> Place:
         first = self._heap[0]
-        if not self.newest_first or first.request.priority > MAX_PRIORITY:  # those had their place elsewhere
-            return first
-        return max(self._alike(first))
+        owner, priority = first.request.owner, first.request.priority
+        crowds = self._target_s is None or self._crowds(owner)
+        if self.newest_first and crowds and priority <= MAX_PRIORITY:  # those above had their place elsewhere
+            return max(self._alike(first))
+        return first
+
+    def _crowds(self, owner: str) -> bool:
+        """Whether somebody has no less than their share of the places."""
+        return self._places[owner] * len(self._places) >= len(self._heap)
 
     def _look(self) -> None:
         """Whether the newest is to go first, from now on."""
@@ -196,6 +204,8 @@ class WaitingQueue:
     def _remove(self, place: Place, freed: Place) -> None:
         """Take somebody out. Those with whom only the order of arrival decided keep it, in all places but `freed`."""
         del self._requests[place.request.id]
+        self._places[place.request.owner] -= 1
+        self._places += Counter()  # without those who have none
         if place is freed is self._heap[0]:
             heapq.heappop(self._heap)
             return

@@ -1,6 +1,7 @@
 """Depth is shed before requests are, in virtual time: the governor under three times the capacity, and requests that
 are as deep as their deadline allows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -61,8 +62,13 @@ def live_through(
     )
 
 
-def live(arrivals: list[float], timeout_s: float, **options: object) -> Day:
-    """A request at each of these times."""
+def live(
+    arrivals: list[float],
+    timeout_s: float,
+    owner: Callable[[int], str] = lambda number: "",
+    **options: object,
+) -> Day:
+    """A request at each of these times, each of its `owner`."""
     runner = FakeRunner(PATH, cost=cost)
     engine = make_engine(runner, SLOTS, **options)
     day, requests, pending = Day(), [], list(enumerate(arrivals))
@@ -75,9 +81,9 @@ def live(arrivals: list[float], timeout_s: float, **options: object) -> Day:
         while pending and pending[0][1] <= runner.clock.now:
             i, arrived = pending.pop(0)
             params = SamplingParams(max_tokens=TOKENS, depth="full")
-            request = Request(str(i), [i % 997, 3], params, deadline=arrived + timeout_s)
+            request = Request(str(i), [i % 997, 3], params, owner=owner(i), deadline=arrived + timeout_s)
             try:
-                engine.submit(request)
+                day.failed += engine.submit(request) is not None
                 requests.append(request)
             except OverloadedError:
                 day.failed += 1
@@ -145,6 +151,24 @@ def test_when_an_overload_is_over_it_is_over() -> None:
     assert sum(w < 2 * WAIT_S for w in waits) > 0.9 * (len(waits) + late)
     assert day.given_up
     assert day.failed == len(crowd + after) - len(day.started), "nobody is left without an answer"
+
+
+@pytest.mark.parametrize("crowd", [1.0, 20.0])
+def test_a_crowd_of_one_key_costs_another_nothing_that_shows(crowd: float) -> None:
+    """One key offers that many times the capacity, two others three tenths of it each, for 20 seconds: all of theirs is
+    served, and has its first token within about the time that a request takes."""
+    seconds, rates = 20, {"crowd": crowd, "ann": 0.3, "bob": 0.3}
+    gaps = {name: 1 / (rate * FULL_CAPACITY) for name, rate in rates.items()}
+    offered = sorted((i * gap, name) for name, gap in gaps.items() for i in range(int(seconds / gap)))
+    day = live([at for at, _ in offered], 600, lambda i: offered[i][1], max_waiting=64, queue_target_s=WAIT_S)
+    service_s = SLOTS / FULL_CAPACITY
+    for name in ("ann", "bob"):
+        theirs = [i for i, (_, owner) in enumerate(offered) if owner == name]
+        waits = sorted(day.started[i] - offered[i][0] for i in theirs if i in day.started)
+        assert len(waits) == len(theirs), "nobody of theirs is refused"
+        assert waits[len(waits) * 95 // 100] < 2 * service_s and waits[-1] < 3 * service_s
+    served = sum(offered[i][1] == "crowd" for i in day.started if offered[i][0] > 2)
+    assert served > 0.3 * FULL_CAPACITY * (seconds - 2), "and the crowd has the rest"
 
 
 def test_with_floors_at_the_full_depth_nothing_changes_but_the_queue() -> None:

@@ -173,6 +173,8 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
             waiting=load.waiting,
             queue=min(load.queue, (1 << 32) - 1),
             draining=self._engine.draining,
+            crowd=load.crowd,
+            crowd_waiting=load.crowd_waiting,
         )
 
 

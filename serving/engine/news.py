@@ -74,6 +74,8 @@ class Load:
     running: int
     waiting: int
     queue: int  # that may wait
+    crowd: str = ""  # the owner who has most of those that wait, and
+    crowd_waiting: int = 0  # how many
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,7 +121,8 @@ class Scheduler:
         return path.slots * PAGE * pages_for(min(longest, self._max_tokens))
 
     def load(self) -> Load:
-        return Load(self.slots.capacity, self.slots.used, len(self._waiting), self._waiting.most)
+        waiting = self._waiting
+        return Load(self.slots.capacity, self.slots.used, len(waiting), waiting.most, *waiting.crowd())
 
     def refused(self) -> None:
         """A request was turned away before it came here."""

@@ -133,11 +133,15 @@ class WaitingQueue:
             self._ends.clear()
         return turn.request, turn.path
 
+    def crowd(self) -> tuple[str, int]:
+        """The owner who has most places, and how many. Any thread may ask."""
+        return max(list(self._places.items()), key=lambda item: (item[1], item[0]), default=("", 0))
+
     def make_room(self, request: Request) -> Request | None:
         """Takes a place from the owner who has most of them, two more than the owner of `request` at least, and
         returns who had it, the last of them to have had their turn: a full queue is shared fairly, too. None where
         nobody has, at this priority or below."""
-        owner, most = max(self._places.items(), key=lambda item: (item[1], item[0]), default=("", 0))
+        owner, most = self.crowd()
         theirs = [
             p for p in self._heap if p.request.owner == owner and p.request.priority <= request.priority
         ]
@@ -205,7 +209,8 @@ class WaitingQueue:
         """Take somebody out. Those with whom only the order of arrival decided keep it, in all places but `freed`."""
         del self._requests[place.request.id]
         self._places[place.request.owner] -= 1
-        self._places += Counter()  # without those who have none
+        if not self._places[place.request.owner]:
+            del self._places[place.request.owner]
         if place is freed is self._heap[0]:
             heapq.heappop(self._heap)
             return

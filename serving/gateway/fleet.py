@@ -67,11 +67,11 @@ class Fleet:
             raise UnavailableError(f"model {model!r} is not ready: it is loading, or its replicas are gone")
         return min(ready, key=lambda replica: replica.pressure)
 
-    def check_room(self, model: str) -> None:
-        """Raises OverloadedError where no replica has a place left: a refusal here costs little, and there what a
-        request does."""
+    def check_room(self, model: str, owner: str = "", running: int = 0) -> None:
+        """Raises OverloadedError where no replica has a place left, nor one that `owner`, who has so many requests
+        here, might take from another: a refusal here costs little, and there what a request does."""
         ready = self.replicas(model)
-        if ready and all(replica.room <= 0 for replica in ready):
+        if ready and not any(replica.room > 0 or replica.yields(owner, running) for replica in ready):
             for replica in ready:
                 replica.refuse()
             waiting = sum(replica.load.waiting for replica in ready)

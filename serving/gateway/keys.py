@@ -16,7 +16,9 @@ import yaml
 from pydantic import Field
 
 from serving.config import Name, Strict
+from serving.engine.params import MAX_PRIORITY
 from serving.errors import (
+    InvalidArgumentError,
     OverloadedError,
     PermissionDeniedError,
     ServeConfigError,
@@ -38,6 +40,7 @@ class Key(Strict):
     models: tuple[Name, ...] | None = None  # that it may use; all where not given
     max_streams: int | None = Field(None, ge=0)  # at a time, in each gateway
     tokens_per_minute: int | None = Field(None, ge=1)  # of prompts and continuations, in each gateway
+    max_priority: int = Field(MAX_PRIORITY, ge=-MAX_PRIORITY, le=MAX_PRIORITY)  # that it may ask for
 
 
 class KeyFile(Strict):
@@ -74,6 +77,13 @@ class Caller:
         """Raises PermissionDeniedError."""
         if not self.may_use(model):
             raise PermissionDeniedError(f"model = {model!r}: the key {self.name!r} is not allowed to use it")
+
+    def check_priority(self, priority: int) -> None:
+        """Raises InvalidArgumentError."""
+        most = MAX_PRIORITY if self.key is None else self.key.max_priority
+        if not -MAX_PRIORITY <= priority <= most:
+            whose = "" if self.key is None else f" for the key {self.name!r}"
+            raise InvalidArgumentError("priority", priority, f"must be from {-MAX_PRIORITY} to {most}{whose}")
 
     @contextmanager
     def stream(self, prompt_tokens: int) -> Iterator[None]:

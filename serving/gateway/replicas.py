@@ -95,6 +95,11 @@ class Replica:
         free = max(0, self.load.slots - self.load.running)
         return self.load.queue + free - self.load.waiting - self._sent
 
+    def yields(self, owner: str, running: int) -> bool:
+        """Whether somebody else has so many places in its queue that `owner`, who has `running` requests, may come to
+        have one of them. The replica sees to that: others may come through other gateways."""
+        return self.load.crowd != owner and self.load.crowd_waiting >= running + 2
+
     def refuse(self) -> None:
         """Somebody is turned away for want of room here."""
         if not self._refused:  # one for all until the next report

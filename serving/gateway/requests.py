@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from serving.config import GatewaySpec
 from serving.engine.core import Request
 from serving.engine.news import FinishReason, Output, Usage
-from serving.engine.params import MAX_PRIORITY, SamplingParams
+from serving.engine.params import SamplingParams
 from serving.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -210,8 +210,10 @@ class Requests:
         caller = self.keys.authenticate(ask.credential)
         model = self.fleet.resolve(ask.model)
         caller.check(model)
+        caller.check_priority(ask.priority)
         if self._open_of[caller.name] * len(self._open_of) >= self._open:
-            self.fleet.check_room(model)  # who has less than the others may take a place of theirs
+            # Who has less than the others may take a place of theirs.
+            self.fleet.check_room(model, caller.name, self._open_of[caller.name])
         return caller
 
     def _check_room(self) -> None:
@@ -242,10 +244,6 @@ class Requests:
         self._timeout(ask)
         if len(ask.request_id) > MAX_REQUEST_ID:
             raise InvalidArgumentError("request_id", ask.request_id, f"at most {MAX_REQUEST_ID} characters")
-        if not -MAX_PRIORITY <= ask.priority <= MAX_PRIORITY:
-            raise InvalidArgumentError(
-                "priority", ask.priority, f"must be from {-MAX_PRIORITY} to {MAX_PRIORITY}"
-            )
         description, replicas = self.fleet.describe(model)
         tokenizer = replicas[0].tokenizer
         before = turn.record.tokens if turn is not None else []

@@ -1,6 +1,8 @@
 """API keys: who gets in, to which model, and how much of it."""
 
+import asyncio
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,11 +17,12 @@ from protos.fathom.v1 import sessions_pb2 as sessions
 from protos.inference import grpc_service_pb2 as wire
 from serving import SamplingParams
 from serving.config import GatewaySpec
-from serving.errors import OverloadedError, ServeConfigError, UnauthenticatedError
+from serving.errors import InvalidArgumentError, OverloadedError, ServeConfigError, UnauthenticatedError
 from serving.gateway import keys as module
+from serving.gateway.fleet import Fleet
 from serving.gateway.http import make_app
 from serving.gateway.keys import Keys, credential_of, digest, new_secret
-from serving.gateway.requests import Ask
+from serving.gateway.requests import Ask, Requests
 from serving.logs import JsonLines, log_request
 from tests import tiny
 from tests.gateway.harness import Context, House, call, house
@@ -154,6 +157,64 @@ def test_quotas(tmp_path: Path, clock: Clock) -> None:
     clock.now += 3600
     ann._fill()
     assert ann._tokens == 600  # no more than a minute's are saved up
+
+
+def test_a_priority_is_for_those_who_may_have_it(tmp_path: Path) -> None:
+    entries = (
+        {"name": "ann", "sha256": digest("a"), "max_priority": 5},
+        {"name": "bob", "sha256": digest("b")},
+    )
+    keys = Keys(write(tmp_path / "keys.yaml", *entries))
+    keys.authenticate("a").check_priority(5)
+    keys.authenticate("b").check_priority(100)
+    for key, priority, limit in (
+        ("a", 6, "-100 to 5 for the key 'ann'"),
+        ("b", 101, "to 100"),
+        ("a", -101, "-100"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=f"priority = {priority}.*{limit}"):
+            keys.authenticate(key).check_priority(priority)
+
+
+async def test_a_crowd_through_another_gateway_does_not_shut_the_door(tmp_path: Path) -> None:
+    """Ann fills the queue through one gateway; Bob, alone at the other, has his share of it, and no more."""
+    file = write(tmp_path / "keys.yaml", *({"name": n, "sha256": digest(n)} for n in ("ann", "bob")))
+    spec = GatewaySpec(keys_file=str(file))
+    async with house(tiny.checkpoint(tmp_path / "one"), gateway=spec, slots=2, max_waiting=8) as h:
+        (replica,) = h.fleet.replicas()
+        fleet = Fleet(["one"])
+        fleet.update([replica.entry])
+        while not fleet.replicas():
+            await asyncio.wait_for(fleet.changed(), 60)
+        other = House(fleet, Requests(fleet, spec), h.rpc, h.metrics)
+        endless = SamplingParams(max_tokens=1_000_000, ignore_eos=True)
+
+        async def run(house: House, key: str) -> None:
+            async for _ in house.requests.generate(Ask("def f", params=endless, credential=key)):
+                pass
+
+        async def until(check: Callable[[], bool]) -> None:
+            async with asyncio.timeout(20):
+                while not check():
+                    await asyncio.sleep(0.01)
+
+        anns = [asyncio.create_task(run(h, "ann")) for _ in range(2)]
+        await until(lambda: replica.load.running == 2)
+        anns += [asyncio.create_task(run(h, "ann")) for _ in range(8)]
+        await until(lambda: fleet.replicas()[0].load.crowd_waiting == 8)
+        bobs = []
+        for count in range(1, 5):
+            bobs.append(asyncio.create_task(run(other, "bob")))
+            await until(lambda: sum(task.done() for task in anns) == count)  # noqa: B023
+            await until(lambda: fleet.replicas()[0].load.crowd_waiting == 8 - count)  # noqa: B023
+        with pytest.raises(OverloadedError):
+            await run(other, "bob")
+        assert not any(task.done() for task in bobs)
+        for task in (*anns, *bobs):
+            task.cancel()
+        told = await asyncio.gather(*anns, *bobs, return_exceptions=True)
+        assert sum(isinstance(one, OverloadedError) for one in told) == 4
+        await fleet.close()
 
 
 def test_a_key_comes_as_a_bearer_or_as_a_header_of_its_own() -> None:

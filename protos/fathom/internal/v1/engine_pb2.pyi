@@ -107,18 +107,22 @@ class Failure(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("slots", "running", "waiting", "draining", "queue")
+    __slots__ = ("slots", "running", "waiting", "draining", "queue", "crowd", "crowd_waiting")
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     QUEUE_FIELD_NUMBER: _ClassVar[int]
+    CROWD_FIELD_NUMBER: _ClassVar[int]
+    CROWD_WAITING_FIELD_NUMBER: _ClassVar[int]
     slots: int
     running: int
     waiting: int
     draining: bool
     queue: int
-    def __init__(self, slots: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., draining: _Optional[bool] = ..., queue: _Optional[int] = ...) -> None: ...
+    crowd: str
+    crowd_waiting: int
+    def __init__(self, slots: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., draining: _Optional[bool] = ..., queue: _Optional[int] = ..., crowd: _Optional[str] = ..., crowd_waiting: _Optional[int] = ...) -> None: ...
 
 class MetricsRequest(_message.Message):
     __slots__ = ()

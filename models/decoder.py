@@ -6,7 +6,7 @@ it. A plain stack is one stage; looped, nested and chained models have several (
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -44,6 +44,10 @@ class Mixer(nn.Module):
     def flops(self) -> int:
         """Floating-point operations of one token beside those of the projections."""
         raise NotImplementedError
+
+    def write_flops(self) -> int:
+        """All operations of `write`, of one token."""
+        return 2 * _weights_of_a_token(self) + self.flops()
 
 
 class Block(nn.Module):
@@ -84,6 +88,14 @@ class Block(nn.Module):
             h = self.mlp_norm(x)
             x = x + (self.mlp(h, batch, state) if isinstance(self.mlp, Mixer) else self.mlp(h))
         return x
+
+    def fill_flops(self) -> int:
+        """Operations of `fill`, of one token."""
+        if isinstance(self.mlp, Mixer):
+            return 2 * _weights_of_a_token(self) + self.flops()
+        updates = getattr(self, "loras", None)  # by depth, of the mixer's projections among others
+        mixers = [] if updates is None else [m for name, m in updates.items() if name.startswith("mixer_")]
+        return self.mixer.write_flops() + sum(2 * _weights_of_a_token(m) for m in mixers)
 
     def fill(self, x: Tensor, batch: Batch, state: LayerState | None) -> None:
         """Write the state of tokens that skip the layer and would have come to it as x [T, D]."""
@@ -295,23 +307,23 @@ class Decoder(nn.Module):
         owned = sum(p.numel() for m in joint for p in m.parameters(recurse=False))
         return everything - owned + sum(part.numel() for m in joint for _, part in m.parts())
 
-    def flops(self, path: Path | None = None, units: float | None = None) -> float:
+    def flops(
+        self, path: Path | None = None, units: float | None = None, reach: float | None = None
+    ) -> float:
         """Floating-point operations of a token on a path (the model's own), as far as it goes, or to a depth between
-        its ends. Multiply-adds count as two; the embedding lookup is free."""
+        its ends. Multiply-adds count as two; the embedding lookup is free. Where tokens that leave early write what
+        they skip, it does so down to the depth `reach`, if that is given."""
         path = path or self.path()
-        outside, between, depths, spent = 0.0, 0.0, [0.0], [0.0]
-        for node in path.nodes:
-            cost = self._stage_flops(node.stage)
-            if node.units:
-                depths.append(float(node.units))
-                spent.append(spent[-1] + between + cost)
-                between = 0.0
-            elif len(depths) == 1:  # every token comes through here
-                outside += cost
-            else:  # a part of the next depth; or, after the last one, of every token's way
-                between += cost
-        outside += between
-        return outside + float(np.interp(path.full_depth if units is None else units, depths, spent))
+        at = path.full_depth if units is None else units
+        outside, depths, spent = _spent(path, self._stage_flops)
+        total = outside + float(np.interp(at, depths, spent))
+        if self.fills and reach is not None and reach > at:
+            _, depths, written = _spent(path, self._fill_flops)
+            total += float(np.interp(reach, depths, written) - np.interp(at, depths, written))
+        return total
+
+    def _fill_flops(self, stage: int) -> float:
+        return sum(self.blocks[i].fill_flops() for i in self.stages[stage].layers)
 
     def _stage_flops(self, stage: int) -> float:
         if stage not in self._flops:
@@ -320,6 +332,23 @@ class Decoder(nn.Module):
             layers = sum(2 * _weights_of_a_token(b) + b.flops() for b in blocks)
             self._flops[stage] = layers + (2 * self.vocab_size * self.hidden_size if part.head else 0)
         return self._flops[stage]
+
+
+def _spent(path: Path, cost: Callable[[int], float]) -> tuple[float, list[float], list[float]]:
+    """Of a path whose stages cost so much: what every token spends outside of its depths, the depths from 0 on, and
+    what a token that leaves at each has spent on them."""
+    outside, between, depths, spent = 0.0, 0.0, [0.0], [0.0]
+    for node in path.nodes:
+        here = cost(node.stage)
+        if node.units:
+            depths.append(float(node.units))
+            spent.append(spent[-1] + between + here)
+            between = 0.0
+        elif len(depths) == 1:  # every token comes through here
+            outside += here
+        else:  # a part of the next depth; or, after the last one, of every token's way
+            between += here
+    return outside + between, depths, spent
 
 
 def _weights_of_a_token(module: nn.Module) -> int:

@@ -65,9 +65,11 @@ class NestedDecoder(Decoder):
         of = {i: group for group, stage in enumerate(self.stages) for i in stage.layers}
         return Layout(tuple(replace(layer, group=of[i]) for i, layer in enumerate(layout.layers)))
 
-    def flops(self, path: Path | None = None, units: float | None = None) -> float:
+    def flops(
+        self, path: Path | None = None, units: float | None = None, reach: float | None = None
+    ) -> float:
         """As every decoder; the layers of a sub-model cost its share of theirs."""
-        everything, head = super().flops(path, units), self._stage_flops(len(self.exits))
+        everything, head = super().flops(path, units, reach), self._stage_flops(len(self.exits))
         return head + (1.0 if path is None else path.width) * (everything - head)
 
 

@@ -132,6 +132,19 @@ class Attention(Mixer):
         k, v = self._entries(x, batch.positions)
         append_each(k, v, state["k"], state["v"], state["tables"], state["count"], batch.slots, batch.depths)
 
+    def write_flops(self) -> int:
+        weight = self.qkv.weight
+        if self.window is not None:
+            return super().write_flops()
+        return 2 * (weight.shape[0] - (0 if self._whole else self.qkv.sizes[0])) * weight.shape[1]
+
+    @property
+    def _whole(self) -> bool:
+        """Whether entries come from all of `project`: with a way of its own, or weights that are not there in parts."""
+        own = type(self).project is not Attention.project or type(self).prepared is not Attention.prepared
+        eight = self.qkv.blocked is not None and self.qkv.blocked.eight
+        return own or eight or bool(self.qkv._forward_hooks)
+
     def _kv(self, x: Tensor) -> Tensor:
         """The last two parts of `qkv`, side by side."""
         first = self.qkv.sizes[0]  # of queries, and of what lies beside them
@@ -144,9 +157,7 @@ class Attention(Mixer):
 
     def _entries(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """k and v of `project`, without q where no kind of attention has a way of its own."""
-        own = type(self).project is not Attention.project or type(self).prepared is not Attention.prepared
-        eight = self.qkv.blocked is not None and self.qkv.blocked.eight
-        if own or eight or self.qkv._forward_hooks:
+        if self._whole:
             return self.project(x, positions)[1:]
         y = self._kv(x).unflatten(-1, (-1, self.head_dim))
         k, v = y.chunk(2, -2)

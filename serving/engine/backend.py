@@ -54,5 +54,6 @@ class Runner(Protocol):
     def skip(self, tick: Tick, skipped: list[tuple[int, Ints, Ints]], rows: Rows) -> None:
         """Write the state of what decoding rows skip; only asked for where `fills`."""
 
-    def flops(self, path: Path, units: float | None = None) -> float:
-        """Floating-point operations of a token on a path, to the end or to a depth."""
+    def flops(self, path: Path, units: float | None = None, reach: float | None = None) -> float:
+        """Floating-point operations of a token on a path, to the end or to a depth; with what it writes from there to
+        the depth `reach`, where the model writes."""

@@ -302,9 +302,15 @@ class Engine:
         )
 
     def _saved(self, request: Request, mean_depth: float) -> float:
-        """Share of the operations of the full depth that the request's tokens did without."""
+        """Share of the operations of the full depth that the request's tokens did without. Where they write what they
+        skip, that is counted; tokens of a prompt pass along among the others for it, at the full cost."""
         full = self.runner.flops(self.runner.path(DepthPolicy.full()))
-        return max(0.0, 1 - self.runner.flops(self.runner.path(request.policy), mean_depth) / full)
+        path, policy = self.runner.path(request.policy), request.policy
+        most = path.full_depth if policy.max_depth is None else policy.max_depth
+        reach = policy.depth or path.deepest(most, policy.min_depth or 0)
+        if request.reads_only and self.runner.fills:
+            mean_depth = reach
+        return max(0.0, 1 - self.runner.flops(path, mean_depth, reach) / full)
 
 
 def _alternatives(sampled: Sampled, row: int, count: int) -> dict[int, float]:

@@ -134,8 +134,8 @@ class TorchRunner:
                 )
         return self.model.chain(layers)
 
-    def flops(self, path: Path, units: float | None = None) -> float:
-        return self.model.flops(path, units)
+    def flops(self, path: Path, units: float | None = None, reach: float | None = None) -> float:
+        return self.model.flops(path, units, reach)
 
     def admit(self, sequence: Sequence, endings: Seq[int]) -> None:
         request = sequence.request

@@ -82,7 +82,7 @@ class FakeRunner:
     def path(self, policy: DepthPolicy) -> Path:
         return self.full
 
-    def flops(self, path: Path, units: float | None = None) -> float:
+    def flops(self, path: Path, units: float | None = None, reach: float | None = None) -> float:
         return 1.0 + (path.full_depth if units is None else units)
 
     def admit(self, sequence: Sequence, endings: Seq[int]) -> None:

@@ -25,7 +25,7 @@ class _Limits:
 # which a warp should load whole lines. Measured by `python -m kernels.bench.tune` (kernels/RESULTS.md).
 _LIMITS = {
     "delta": _Limits(8192, narrow=8, wide=64, alone=4096, per_warp=2048),
-    "diagonal": _Limits(4096, narrow=32, wide=128, alone=512, per_warp=512),
+    "diagonal": _Limits(4096, narrow=8, wide=64, alone=1024, per_warp=1024),
 }
 _OTHERS = _Limits(16384, narrow=8, wide=64, alone=2048, per_warp=2048)
 

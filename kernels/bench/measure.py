@@ -6,10 +6,9 @@ from typing import Any, Protocol
 
 import torch
 
-from kernels.bench.case import SAMPLE, Case, Trial
+from kernels.bench.case import SAMPLE, TOLERANCE, Case, Trial
 
 UNITS = (64, 256, 1024, 4096, 8192, 16384, 32768)  # batch x heads
-TOLERANCE = 1e-3  # of the largest expected number; products run as three of tf32, sums in another order
 
 
 class Clock(Protocol):
@@ -27,10 +26,11 @@ class Row:
     share_of_copy: float | None = None  # of the bandwidth of a copy
     over_fla: float | None = None  # how many times as fast; None: not installed, or it failed
     over_compiled: float | None = None
+    tolerance: float = TOLERANCE
 
     @property
     def agrees(self) -> bool:
-        return self.error <= TOLERANCE
+        return self.error <= self.tolerance
 
 
 def check(trial: Trial) -> float:
@@ -43,8 +43,8 @@ def check(trial: Trial) -> float:
 def measure(case: Case, units: int, trial: Trial, copy_bytes_per_second: float, clock: Clock) -> Row:
     """A case that does not agree gets no time: there is nothing to say about the speed of a wrong kernel."""
     error = check(trial)
-    if not error <= TOLERANCE:
-        return Row(case.name, units, error)
+    if not error <= trial.tolerance:
+        return Row(case.name, units, error, tolerance=trial.tolerance)
     mine = clock.seconds(trial.step)
 
     def against(other: Callable[[], Any] | None) -> float | None:
@@ -59,7 +59,7 @@ def measure(case: Case, units: int, trial: Trial, copy_bytes_per_second: float, 
     compiled = None if trial.torch_step is None else torch.compile(trial.torch_step, dynamic=True)
     return Row(
         case.name, units, error, 1e6 * mine, trial.bytes / mine / copy_bytes_per_second, against(trial.fla),
-        against(compiled),
+        against(compiled), trial.tolerance,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import torch
 
 from kernels.bench.case import Case, Trial
 from kernels.bench.cases import CASES
-from kernels.bench.measure import TOLERANCE, DeviceClock, check
+from kernels.bench.measure import DeviceClock, check
 from kernels.tiles import Tile, force
 
 OPS = ("outer/", "delta/", "diagonal/")
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 (seconds(trial, tile, clock), tile.block_v, tile.warps) for tile in candidates(case)
             )
             best = ", ".join(f"{block} x {warps} warps {table / s:.2f}" for s, block, warps in found[:4])
-            note = "" if error <= TOLERANCE else f"  DISAGREES: {error:.0e}"
+            note = "" if error <= trial.tolerance else f"  DISAGREES: {error:.0e}"
             print(f"{case.name:24}{units:7}{1e6 * table:10.1f} us; times as fast: {best}{note}", flush=True)
 
 

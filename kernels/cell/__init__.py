@@ -37,9 +37,9 @@ def cell(
     H, D].
 
     Kinds, gates and states: kernels.cell.kinds; equations: kernels.cell.naive. The bias of the input goes
-    into wx; the two differ in a GRU only. With a pool [slots, depths, S, H, D] the states are read and
-    written in place; without one they start from zero and are dropped, and the result is differentiable
-    (training).
+    into wx; the two differ in a GRU only. As many tokens as segments are one each. With a pool [slots,
+    depths, S, H, D] the states are read and written in place; without one they start from zero and are
+    dropped, and the result is differentiable (training).
     """
     if kind not in KINDS:
         raise ValueError(f"kind: {kind!r} is none of {', '.join(KINDS)}")
@@ -151,13 +151,16 @@ def _on_gpu(
     out = wx.new_empty(wx.shape[0], H, D, dtype=torch.float32)  # h itself, of which later tokens are made
     wide = D > WIDE
     kernel = cell_wide_kernel if wide else cell_step_kernel
-    blocks = WIDE_BLOCKS if wide else {"BLOCK_D": max(16, triton.next_power_of_2(D))}
-    kernel[(triton.cdiv(N, block_n), H)](
+    single = wide and wx.shape[0] == N
+    blocks = {**WIDE_BLOCKS, "SINGLE": single} if wide else {"BLOCK_D": max(16, triton.next_power_of_2(D))}
+    kernel[(triton.cdiv(N, block_n), H, triton.cdiv(D, WIDE_BLOCKS["BLOCK_D"]) if single else 1)](
         wx.contiguous(), R.contiguous(), R if bias is None else bias.contiguous(), pool,
         slots, depths, offsets, out, N, pool.stride(0), pool.stride(1),
         H=H, D=D, G=G, BLOCK_N=block_n, **blocks, KIND=KINDS[kind].code, BIAS=bias is not None,
-        num_warps=WARPS,
+        num_warps=WARPS // 2 if single else WARPS,
     )  # fmt: skip
+    if single:
+        pool[slots, depths, 0] = out
     return out.to(wx.dtype)
 
 

@@ -4,7 +4,8 @@ and walks through their tokens.
 `cell_step_kernel` is for heads whose matrices fit into shared memory: the states stay in registers, and the
 loads of the matrices do not depend on the token, so that the compiler moves them out of the loop.
 `cell_wide_kernel` is for wider ones: the matrices come in blocks from the caches at every token, and the
-output so far, in memory, holds the h that every block needs.
+output so far, in memory, holds the h that every block needs. Where each segment has one token, every block is a
+program of its own, and the new h goes into the pool once all have read the old one.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -149,6 +150,7 @@ def cell_wide_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,  # of the new h at a time
     BLOCK_K: tl.constexpr,  # of the h before at a time
+    SINGLE: tl.constexpr,  # one token each: a program makes one block of the new h, and leaves it in `out`
     KIND: tl.constexpr,
     BIAS: tl.constexpr,
 ):
@@ -162,12 +164,14 @@ def cell_wide_kernel(
     GATE: tl.constexpr = H * D
     state = pool_ptr + (slot * slot_stride + depth * depth_stride + head * D)[:, None]
     zero = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    start = tl.program_id(2) * BLOCK_D
+    stop = start + 1 if SINGLE else D
 
     for t in range(tl.max(length, axis=0)):
         live = (in_n & (t < length))[:, None]
         from_pool, from_out = live & (t == 0), live & (t > 0)
         before = out_ptr + ((first + t - 1) * GATE + head * D)[:, None]
-        for begin in range(0, D, BLOCK_D):
+        for begin in range(start, stop, BLOCK_D):
             d = begin + tl.arange(0, BLOCK_D)
             in_d = d < D
             mask = live & in_d[None, :]
@@ -225,8 +229,9 @@ def cell_wide_kernel(
                 tl.store(at + 3 * GATE, m, mask=mask)
         tl.debug_barrier()  # the whole of h is in memory before the next token reads it
 
-    moved = (in_n & (length > 0))[:, None]
-    last = out_ptr + ((first + length - 1) * GATE + head * D)[:, None]
-    for begin in range(0, D, BLOCK_D):
-        d = begin + tl.arange(0, BLOCK_D)[None, :]
-        tl.store(state + d, tl.load(last + d, mask=moved & (d < D), other=0.0), mask=moved & (d < D))
+    if not SINGLE:
+        moved = (in_n & (length > 0))[:, None]
+        last = out_ptr + ((first + length - 1) * GATE + head * D)[:, None]
+        for begin in range(0, D, BLOCK_D):
+            d = begin + tl.arange(0, BLOCK_D)[None, :]
+            tl.store(state + d, tl.load(last + d, mask=moved & (d < D), other=0.0), mask=moved & (d < D))

@@ -53,16 +53,15 @@ def outer_scan(
     state = state.float()
     if not padded:
         return v.new_zeros(0, heads, v.shape[2], dtype=torch.float32), state
-    parts = tuple(None if x is None else x.unflatten(2, (-1, chunk)) for x in (qs, ks, vs, gs))
-    if by_value and gs is not None:
-        chunks = _by_value(*parts, heads // H)
-    else:
-        chunks = _by_key(*parts, heads // H, bonus)
+    qs, ks, vs = (x.unflatten(2, (-1, chunk)) for x in (qs, ks, vs))
+    gs = torch.zeros_like(ks) if gs is None else gs.unflatten(2, (-1, chunk))
+    reads = heads // H
+    chunks = _by_value(qs, ks, vs, gs, reads) if by_value else _by_key(qs, ks, vs, gs, reads, bonus)
     starts = []
     for fade, write in zip(chunks.fade.unbind(2), chunks.write.unbind(2), strict=True):
         starts.append(state)
         state = fade * state + write
-    read = chunks.query @ _group(torch.stack(starts, 2), heads // H)
+    read = chunks.query @ _group(torch.stack(starts, 2), reads)
     out = chunks.inside + (read if chunks.weight is None else read * chunks.weight)
     return unpad(out.flatten(2, 3).transpose(1, 2), offsets), state
 
@@ -82,11 +81,9 @@ def _group(x: Tensor, reads: int) -> Tensor:
     return x if reads == 1 else x.repeat_interleave(reads, dim=1)
 
 
-def _by_key(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, reads: int, bonus: Tensor | None) -> _Chunks:
+def _by_key(q: Tensor, k: Tensor, v: Tensor, g: Tensor, reads: int, bonus: Tensor | None) -> _Chunks:
     """q [N, H * reads, n, C, K], k, g [N, H, n, C, K], v [N, H, n, C, V]."""
     C = k.shape[3]
-    if g is None:
-        g = torch.zeros_like(k)
     G = g.cumsum(3)
     # The bonus reads the state before this token's decay: the query looks from G_{i-1}, and not at itself.
     Gq = G if bonus is None else G - g
@@ -96,8 +93,8 @@ def _by_key(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, reads: int, bonus
     query = q * _group(Gq.exp(), reads)
 
     ks, vs, Gs, Gqs = (_group(x, reads) for x in (k, v, G, Gq))
-    blocks = (x.unflatten(3, (-1, BLOCK)) for x in (q, ks, Gqs, Gs))
-    own = _block(*blocks, bonus is not None)  # [N, heads, n, C / BLOCK, BLOCK, BLOCK]
+    q_b, k_b, Gq_b, G_b = (x.unflatten(3, (-1, BLOCK)) for x in (q, ks, Gqs, Gs))
+    own = _block(q_b, k_b, Gq_b, G_b, bonus is not None)  # [N, heads, n, C / BLOCK, BLOCK, BLOCK]
     rows = []
     for i in range(0, C, BLOCK):
         here = slice(i, i + BLOCK)

@@ -250,10 +250,13 @@ def test_contradictions_are_refused() -> None:
         cell("gru", wx, R, bias, torch.zeros(2, 1, 2, 2, 4), *index)
 
 
+@pytest.mark.parametrize("single", [False, True], ids=["walk", "single"])
 @pytest.mark.parametrize(
     ("kind", "D"), [("slstm", 64), ("gru", 64), ("lstm", 16), ("slstm", 256), ("lstm", 1024)]
 )
-def test_compiles_ahead_for_sm_90_without_spills(kind: str, D: int) -> None:
+def test_compiles_ahead_for_sm_90_without_spills(kind: str, D: int, single: bool) -> None:
+    if single and D <= ops.WIDE:
+        pytest.skip("one kernel for both")
     signature = {
         **dict.fromkeys(("wx_ptr", "R_ptr", "bias_ptr", "out_ptr"), "*fp32"),
         **dict.fromkeys(("slots_ptr", "depths_ptr", "offsets_ptr"), "*i64"),
@@ -262,9 +265,13 @@ def test_compiles_ahead_for_sm_90_without_spills(kind: str, D: int) -> None:
     wide = D > ops.WIDE
     constexprs = {
         "H": 4, "D": D, "G": len(KINDS[kind].gates), "BLOCK_N": 16, "KIND": KINDS[kind].code, "BIAS": True,
-        **(ops.WIDE_BLOCKS if wide else {"BLOCK_D": D}),
+        **({**ops.WIDE_BLOCKS, "SINGLE": single} if wide else {"BLOCK_D": D}),
     }  # fmt: skip
-    options = {"signature": signature, "constexprs": constexprs, "warps": ops.WARPS}
+    options = {
+        "signature": signature,
+        "constexprs": constexprs,
+        "warps": ops.WARPS // 2 if single else ops.WARPS,
+    }
     kernel = "cell_wide_kernel" if wide else "cell_step_kernel"
     cost = compile_ahead("kernels.cell.step_triton", kernel, options)
     print(f"{kind} D={D}: {cost['registers']} registers, {cost['spills']} spilled, {cost['shared']} shared")

@@ -1,7 +1,7 @@
 """CUDA graphs: a stage of a decoding batch, captured once for each size and replayed, so that a tick costs one launch.
 
-Only on a CUDA device; everywhere else, and for whatever cannot be captured, stages run as they are. This class has been
-written without such a device at hand: its padding is tested on a CPU, capture and replay by the tests marked `gpu`.
+Only on a CUDA device; everywhere else, and for whatever cannot be captured, stages run as they are. Its padding is tested
+on a CPU, capture and replay by the tests marked `gpu`.
 """
 
 import logging

@@ -40,7 +40,6 @@ class Recipe:
     warmup: int = 100
     seed: int = 0
     start: str = ""  # plain model of the zoo whose layers it begins with
-    muon: bool = True  # for the matrices of the layers; without it AdamW takes them too
 
     def shape(self, step: int) -> tuple[int, int]:
         """Sequences of a step, and tokens of each."""
@@ -67,18 +66,14 @@ class Optimiser:
     """
 
     def __init__(self, model: Decoder, recipe: Recipe):
-        matrices = [
-            p for n, p in model.named_parameters() if recipe.muon and p.dim() == 2 and n.startswith("layers.")
-        ]
+        matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("layers.")]
         chosen = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in chosen]
         self.recipe = recipe
         self.parts: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.Muon(matrices, lr=0.0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0),
         )
-        if matrices:
-            muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-            self.parts = (muon, *self.parts)
 
     def step(self, at: int) -> None:
         r = self.recipe

@@ -52,12 +52,11 @@ SORTED = Recipe(
         "eos_token_id": 0,
     },
     objective=every_exit,
-    steps=400,
-    tokens=4096,
+    steps=1426,
+    tokens=16384,
     learning_rate=1e-3,
     warmup=30,
     start="gla",
-    muon=False,
 )
 
 MOR = Recipe(
@@ -106,8 +105,8 @@ LOOPED_GLA = Recipe(
         "eos_token_id": 0,
     },
     objective=gated_loops,
-    steps=300,
-    tokens=4096,
+    steps=497,
+    tokens=16384,
     learning_rate=1e-3,
     warmup=30,
     start="gla",

@@ -1,7 +1,7 @@
 """CUDA graphs: a stage of a decoding batch, captured once for each size and replayed, so that a tick costs one launch.
 
-Only on a CUDA device; everywhere else, and for whatever cannot be captured, stages run as they are. Its padding is tested
-on a CPU, capture and replay by the tests marked `gpu`.
+Only on a CUDA device; everywhere else, and for whatever cannot be captured, stages run as they are. Tests on a CPU are
+about padding; those marked `gpu` about capture and replay.
 """
 
 import logging

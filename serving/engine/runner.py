@@ -1,7 +1,7 @@
 """Runs ticks on a model: from row tables to tensors and back. The only part of the engine that knows torch."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -20,10 +20,11 @@ from serving.engine.core import Chunk, Floats, Ints, Result, Sampled, Sequence, 
 from serving.engine.depth import ABOUT_PREDICTIONS, CONVERGENCE, DepthPolicy
 from serving.engine.graphs import HostCopy, StageGraphs
 from serving.engine.paths import PathTable
+from serving.engine.policy_paths import path_of
 from serving.engine.prefix import Saved
 from serving.engine.rows import Rows
 from serving.engine.sampler import Sampler
-from serving.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
+from serving.errors import DataLossError, FailedPreconditionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,54 +86,7 @@ class TorchRunner:
         self._parked = torch.zeros(waiting, model.row_width, dtype=model.row_dtype, device=model.device)
 
     def path(self, policy: DepthPolicy) -> Path:
-        path, asked = self._path(policy), policy.width
-        if asked is None or asked == 1:
-            return path
-        if self.model.widths == (1.0,):
-            raise InvalidArgumentError("depth.width", asked, "this model is not nested by width")
-        width = min(self.model.widths, key=lambda w: abs(w - asked))
-        if abs(width - asked) > 1e-6:
-            shown = ", ".join(f"{w:g}" for w in self.model.widths)
-            raise InvalidArgumentError("depth.width", asked, f"must be one of {shown}")
-        return replace(path, width=width)
-
-    def _path(self, policy: DepthPolicy) -> Path:
-        path = self._chain(policy.layers) if policy.kind == "chain" else self.model.path()
-        exits = any(node.exit_to != NOWHERE for node in path.nodes)
-        if policy.kind not in ("full", "fixed", "chain") and not exits:
-            raise InvalidArgumentError(
-                "depth", policy.kind, "every token of this model takes all of its layers"
-            )
-        if policy.signal in ("router", "gate") and policy.signal not in self.model.signals:
-            raise InvalidArgumentError("depth", policy.kind, f"this model has no {policy.signal}")
-        for name, depth in (
-            ("fixed", policy.depth),
-            ("min_depth", policy.min_depth),
-            ("max_depth", policy.max_depth),
-        ):
-            if depth is not None and depth > path.full_depth:
-                whose = "chain" if policy.kind == "chain" else "model"
-                limit = f"the full depth of this {whose} is {path.full_depth}"
-                raise InvalidArgumentError(f"depth.{name}", depth, limit)
-        shown = ", ".join(map(str, path.exits))
-        if policy.depth is not None and policy.depth not in path.exits:
-            raise InvalidArgumentError("depth.fixed", policy.depth, f"must be one of {shown}")
-        low, high = policy.min_depth or 0, policy.max_depth
-        if high is not None and not any(low <= depth <= high for depth in path.exits):
-            limit = f"no token can leave at a depth from {low} to this one, only at {shown}"
-            raise InvalidArgumentError("depth.max_depth", high, limit)
-        return path
-
-    def _chain(self, layers: tuple[int, ...]) -> Path:
-        count = len(self.model.layers)
-        if not self.model.chains:
-            raise InvalidArgumentError("depth.chain", layers, "the layers of this model stay in their order")
-        for layer in layers:
-            if not 0 <= layer < count:
-                raise InvalidArgumentError(
-                    "depth.chain", layer, f"the layers of this model are 0 to {count - 1}"
-                )
-        return self.model.chain(layers)
+        return path_of(self.model, policy)
 
     def flops(self, path: Path, units: float | None = None, reach: float | None = None) -> float:
         return self.model.flops(path, units, reach)

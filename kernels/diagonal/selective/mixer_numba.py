@@ -34,6 +34,14 @@ class MixerWeights(NamedTuple):
     rank: int  # R
 
 
+# Copies that are never read from numba's cache on disk. Compiled against originals that were both read from there,
+# `mixer_step_numba` worked, and crashed every later process, which read it from there itself (numba 0.68).
+_conv_step = numba.njit(parallel=True, fastmath=True, nogil=True)(conv_step_numba.py_func)
+_selective_step = numba.njit(parallel=True, fastmath=True, error_model="numpy", nogil=True)(
+    selective_step_numba.py_func
+)
+
+
 @numba.njit(fastmath=True, error_model="numpy", cache=True, nogil=True)
 def softplus_numba(x: Floats) -> None:
     wide_vectors()
@@ -74,7 +82,7 @@ def mixer_step_numba(
     both, y = np.empty((T, 2 * C), f32), np.empty((T, C), f32)
     project(x, w.in_proj, both)
     u, z = both[:, :C].copy(), both[:, C:].copy()
-    conv_step_numba(u, w.taps, w.taps_bias, conv_pool, slots, depths, offsets, y, True)
+    _conv_step(u, w.taps, w.taps_bias, conv_pool, slots, depths, offsets, y, True)
     made = np.empty((T, R + 2 * N), f32)
     project(y, w.x_proj, made)
     low, B, read = made[:, :R].copy(), made[:, R : R + N].copy(), made[:, R + N :].copy()
@@ -84,5 +92,5 @@ def mixer_step_numba(
     dt = np.empty((T, C), f32)
     project(low, w.dt_proj, dt)
     softplus_numba(dt)
-    selective_step_numba(y, dt, w.A, B, read, w.skip, z, pool, slots, depths, offsets, u)
+    _selective_step(y, dt, w.A, B, read, w.skip, z, pool, slots, depths, offsets, u)
     project(u, w.out_proj, out)

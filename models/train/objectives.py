@@ -135,10 +135,9 @@ def _some(batch: Batch, tokens: Tensor, depth: int) -> Batch:
 def _best(scores: Tensor, tokens: Tensor, batch: Batch, share: float) -> Tensor:
     """Whether each of the candidates [t] is among the best of its sequence, bool; `share` is of the whole sequence."""
     segment = torch.searchsorted(batch.offsets, tokens, right=True) - 1
-    picked = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    lengths = batch.offsets.diff()
-    for s in segment.unique().tolist():
-        mine = (segment == s).nonzero().squeeze(1)
-        count = min(len(mine), max(1, int(share * int(lengths[s]))))
-        picked[mine[scores[mine].topk(count).indices]] = True
-    return picked
+    best = scores.argsort(descending=True, stable=True)
+    order = best[segment[best].argsort(stable=True)]  # sequence by sequence, the best of each first
+    first = torch.searchsorted(segment, segment)  # of its sequence, for every candidate
+    rank = torch.arange(len(tokens), device=tokens.device) - first
+    count = (share * batch.offsets.diff()).long().clamp_min(1)
+    return torch.zeros_like(segment, dtype=torch.bool).scatter(0, order, rank < count[segment])

@@ -40,6 +40,7 @@ FAMILIES: Mapping[str, str] = {
     "recurrent_gemma": "models.mixers.recurrent_gemma",
     "recursive": "models.depth.recursive",
     "retnet": "models.mixers.retnet",
+    "routed": "models.depth.routed",
     "rwkv": "models.mixers.rwkv4",
     "rwkv6": "models.mixers.rwkv6",
     "rwkv7": "models.mixers.rwkv7",

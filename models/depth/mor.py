@@ -1,5 +1,6 @@
 """Mixture-of-Recursions (arXiv 2507.10524), in the format of the released code: config.json of a Llama, the
-training YAML beside it as config.yaml, and every recursion's copy of the weights in the file.
+training YAML beside it as config.yaml, and every recursion's copy of the weights in the file. The same over any
+other layers: models.depth.routed.
 
 Expert choice: at each recursion a router picks the tokens that go on, from those that were picked before. In training
 it takes the best of the whole sequence; decoding cannot look ahead, and goes by what the router was trained to say
@@ -8,6 +9,7 @@ Token choice: one router, at the first recursion, says how many of them a token 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -19,6 +21,7 @@ from models.batch import Batch
 from models.decoder import Block, Decoder
 from models.depth.base import checked
 from models.depth.looped import Loop, LoopedDecoder, Skipped
+from models.depth.lora import TokenDepths
 from models.depth.per_depth import MixerPerDepth, PerDepth
 from models.errors import ConfigError
 from models.layers import Linear, Parted, RMSNorm
@@ -53,7 +56,7 @@ class Expert(Part):
     ] = "sigmoid"
     alpha: float = 0.1
     sampling: Literal["aux_loss", "aux_router"]
-    gating: str | None = "weighted"
+    gating: str | None = "weighted"  # `residual`, of our own: the weight is of what a recursion changes
 
 
 class Token(Part):
@@ -83,6 +86,15 @@ class Mor(Part):
             raise ValueError(f"type is {self.type}, but there is no section {self.type}")
         return self
 
+    def capacities(self, recursions: int) -> list[float]:
+        """Share of the tokens that each recursion takes. Raises ValueError."""
+        if self.capacity is None:
+            return [(recursions - r) / recursions for r in range(recursions)]
+        shares = [float(share) for share in self.capacity.split(",")]
+        if len(shares) != recursions or not all(0 < share <= 1 for share in shares):
+            raise ValueError(f"must be {recursions} shares above 0, at most 1")
+        return shares
+
 
 class Yaml(Part):
     recursive: Recursive
@@ -95,13 +107,6 @@ class Yaml(Part):
         if not self.kv_sharing.enable:
             return "absent"
         return "last_exited" if self.kv_sharing.update_cache else "shared"
-
-    @property
-    def capacities(self) -> list[float]:
-        """Share of the tokens that each recursion takes."""
-        n = self.recursive.num_recursion
-        given = self.mor.capacity
-        return [(n - r) / n for r in range(n)] if given is None else [float(c) for c in given.split(",")]
 
 
 class Routers(Parted):
@@ -136,47 +141,26 @@ class Routers(Parted):
 class MixtureOfRecursions(LoopedDecoder):
     """What both kinds have in common."""
 
-    def __init__(self, c: llama.Config, y: Yaml, entry: bool):
-        """`entry`: a token may do without any recursion, which is decided before the first."""
-        plain = 1 if y.recursive.sharing == "middle_cycle" else 0
-        base = (c.num_hidden_layers - 2 * plain) // y.recursive.num_recursion
-        loop = Loop(y.recursive.num_recursion, prelude=plain, coda=plain, skipped=y.skipped, entry=entry)
-        super().__init__(
-            nn.Embedding(c.vocab_size, c.hidden_size),
-            [llama.block(c) for _ in range(2 * plain + base)],
-            RMSNorm(c.hidden_size, c.rms_norm_eps),
-            None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size, bias=False),
-            loop,
-        )
-        for i in self.stages[self.cores[0]].layers:
-            self.layers[i] = self._untied(c, y.recursive.num_recursion)
-        self.share_entries()
-        self.mor = y.mor
+    def __init__(self, base: dict[str, Any], loop: Loop, mor: Mor):
+        """`base`: what a decoder of the unique layers is built with."""
+        super().__init__(**base, loop=loop)
+        self.mor = mor
         self.default_depth = "router"
-
-    def _untied(self, c: llama.Config, count: int) -> Block:
-        copies = [llama.block(c) for _ in range(count)]
-        mixer = MixerPerDepth([b.mixer for b in copies], self.token_depths)
-        norms = (
-            PerDepth([getattr(b, n) for b in copies], self.token_depths) for n in ("mixer_norm", "mlp_norm")
-        )
-        mixer_norm, mlp_norm = norms
-        mlps = [b.mlp for b in copies if b.mlp is not None]
-        return Block(mixer_norm, mixer, mlp_norm, PerDepth(mlps, self.token_depths))
 
 
 class ExpertChoice(MixtureOfRecursions):
     """A row carries the logit of the router that picked it for its next recursion, and whether it was not picked."""
 
-    def __init__(self, c: llama.Config, y: Yaml):
-        super().__init__(c, y, entry=y.capacities[0] < 1)
-        assert y.mor.expert is not None
-        self.expert = y.mor.expert
-        self.shares = y.capacities
-        router = y.recursive.num_recursion, c.hidden_size, 1, y.mor.router_type != "linear"
+    def __init__(self, base: dict[str, Any], loop: Loop, mor: Mor):
+        self.shares = mor.capacities(loop.depths)
+        # With less than all at the first, a token may do without any recursion, which is decided before it.
+        super().__init__(base, replace(loop, entry=self.shares[0] < 1), mor)
+        assert mor.expert is not None
+        self.expert = mor.expert
+        router = loop.depths, self.hidden_size, 1, mor.router_type != "linear"
         self.routers = Routers("routers", *router)
         self.aux_routers = Routers("aux_routers", *router) if self.expert.sampling == "aux_router" else None
-        self.signals = {"router": c.hidden_size + 1}
+        self.signals = {"router": self.hidden_size + 1}
 
     @property
     def rest(self) -> int:
@@ -192,7 +176,10 @@ class ExpertChoice(MixtureOfRecursions):
         )(logit)
         if self.expert.router_func is not None:
             weight = weight * self.expert.alpha
-        x = before + (weight * x if self.expert.gating == "weighted" else x)
+        if self.expert.gating == "residual":
+            x = before + weight * (x - before)
+        else:
+            x = before + (weight * x if self.expert.gating == "weighted" else x)
         following = (batch.token_depths + 1).clamp_max(self.loop.depths - 1)
         return x, self._route(x, following)
 
@@ -210,12 +197,12 @@ class TokenChoice(MixtureOfRecursions):
     """A row carries H1 as the first recursion was given it, the router's probabilities, how many recursions it has
     taken, and whether these are all that it is to take."""
 
-    def __init__(self, c: llama.Config, y: Yaml):
-        super().__init__(c, y, entry=False)
-        assert y.mor.token is not None
-        self.token = y.mor.token
-        count = y.recursive.num_recursion
-        self.router = Routers("router", 1, c.hidden_size, count, y.mor.router_type != "linear")
+    def __init__(self, base: dict[str, Any], loop: Loop, mor: Mor):
+        super().__init__(base, loop, mor)
+        assert mor.token is not None
+        self.token = mor.token
+        count = loop.depths
+        self.router = Routers("router", 1, self.hidden_size, count, mor.router_type != "linear")
         self.router_bias = nn.Parameter(torch.zeros(count)) if self.token.balancing == "loss_free" else None
         self.signals = {"router": self.hidden_size + self.rest - 1}
 
@@ -243,9 +230,34 @@ class TokenChoice(MixtureOfRecursions):
         return start + x * chance.gather(1, (taken.long() - 1).clamp_min(0))
 
 
+KINDS: dict[str, type[ExpertChoice] | type[TokenChoice]] = {"expert": ExpertChoice, "token": TokenChoice}
+
+
 def build(raw: dict[str, Any], file: object) -> tuple[llama.Config, Decoder]:
     c, y = read(raw, file)
-    return c, ExpertChoice(c, y) if y.mor.type == "expert" else TokenChoice(c, y)
+    count, plain = y.recursive.num_recursion, 1 if y.recursive.sharing == "middle_cycle" else 0
+    unique = 2 * plain + (c.num_hidden_layers - 2 * plain) // count
+    base = {
+        "embeddings": nn.Embedding(c.vocab_size, c.hidden_size),
+        "layers": [llama.block(c) for _ in range(unique)],
+        "norm": RMSNorm(c.hidden_size, c.rms_norm_eps),
+        "lm_head": None if c.tie_word_embeddings else Linear(c.hidden_size, c.vocab_size, bias=False),
+    }
+    model = KINDS[y.mor.type](base, Loop(count, prelude=plain, coda=plain, skipped=y.skipped), y.mor)
+    for i in model.stages[model.cores[0]].layers:
+        model.layers[i] = _untied(c, count, model.token_depths)
+    model.share_entries()
+    return c, model
+
+
+def _untied(c: llama.Config, count: int, token_depths: TokenDepths) -> Block:
+    """A layer of the core, with a copy for each recursion."""
+    copies = [llama.block(c) for _ in range(count)]
+    mixer = MixerPerDepth([b.mixer for b in copies], token_depths)
+    norms = (PerDepth([getattr(b, n) for b in copies], token_depths) for n in ("mixer_norm", "mlp_norm"))
+    mixer_norm, mlp_norm = norms
+    mlps = [b.mlp for b in copies if b.mlp is not None]
+    return Block(mixer_norm, mixer, mlp_norm, PerDepth(mlps, token_depths))
 
 
 def read(raw: dict[str, Any], file: object) -> tuple[llama.Config, Yaml]:
@@ -258,7 +270,7 @@ def read(raw: dict[str, Any], file: object) -> tuple[llama.Config, Yaml]:
         )
     y = checked(Yaml, raw["yaml"], where)
     try:
-        shares = y.capacities
+        shares = y.mor.capacities(y.recursive.num_recursion)
     except ValueError as error:
         raise ConfigError(where, "mor.capacity", y.mor.capacity, str(error)) from None
     n, plain = y.recursive.num_recursion, 2 if y.recursive.sharing == "middle_cycle" else 0
@@ -269,8 +281,6 @@ def read(raw: dict[str, Any], file: object) -> tuple[llama.Config, Yaml]:
         shared, own = getattr(y.kv_sharing, key), getattr(y.recursive, key)
         if shared not in (None, own):
             raise ConfigError(where, f"kv_sharing.{key}", shared, f"must be recursive.{key} = {own}")
-    if len(shares) != n or not all(0 < share <= 1 for share in shares):
-        raise ConfigError(where, "mor.capacity", y.mor.capacity, f"must be {n} shares above 0, at most 1")
     if y.skipped != "absent" and y.mor.type == "expert" and shares[0] < 1:
         raise ConfigError(
             where, "mor.capacity", y.mor.capacity, "must begin with 1 where kv_sharing is enabled"

@@ -48,7 +48,7 @@ class Config(BaseModel):
 def build(raw: dict[str, Any], file: object) -> tuple[ModelConfig, Decoder]:
     c = checked(Config, raw, file)
     base_config, base = plain_stack(c.base, file)
-    _check(c, base, file)
+    check_loop(base, c.outside, c.sharing, c.skipped, file)
     loop = Loop(
         depths=c.num_recursions,
         prelude=c.outside,
@@ -67,20 +67,22 @@ def build(raw: dict[str, Any], file: object) -> tuple[ModelConfig, Decoder]:
     return base_config, model
 
 
-def _check(c: Config, base: Decoder, file: object) -> None:
-    if len(base.layers) <= 2 * c.outside:
-        raise ConfigError(file, "base.num_hidden_layers", len(base.layers), f"leaves no core for {c.sharing}")
-    core = base.blocks[c.outside : len(base.layers) - c.outside]
+def check_loop(base: Decoder, outside: int, sharing: str, skipped: Skipped, file: object) -> None:
+    """Whether a plain stack can be looped like that, with `outside` layers before the core and as many after it.
+    Raises ConfigError."""
+    if len(base.layers) <= 2 * outside:
+        raise ConfigError(file, "base.num_hidden_layers", len(base.layers), f"leaves no core for {sharing}")
+    core = base.blocks[outside : len(base.layers) - outside]
     attends = all(
         isinstance(mixer, Attention) and mixer.window is None for block in core for mixer in block.mixers
     )
-    if c.skipped == "shared" and not attends:
+    if skipped == "shared" and not attends:
         raise ConfigError(
-            file, "skipped", c.skipped, "only full attention can share its entries between depths"
+            file, "skipped", skipped, "only full attention can share its entries between depths"
         )
-    if c.skipped == "last_exited" and "sequence" in c.sharing:
+    if skipped == "last_exited" and "sequence" in sharing:
         raise ConfigError(
-            file, "skipped", c.skipped, f"sharing = {c.sharing} has no last depth to take entries from"
+            file, "skipped", skipped, f"sharing = {sharing} has no last depth to take entries from"
         )
 
 

@@ -56,13 +56,13 @@ def make(recipe: Recipe, texts: corpus.Corpus) -> None:
     print(json.dumps(card, indent=2))
 
 
-def begin(model: Decoder, plain: Path) -> None:
-    """Give a looped model the layers of a plain one with as many: with one pass it is that model."""
-    _, foreign = model.load_state_dict(load(plain, "float32", "cpu").model.state_dict(), strict=False)
-    if foreign:
-        raise ConfigError(
-            plain, "num_hidden_layers", len(foreign), "tensors have no place in the looped model"
-        )
+def begin(model: Decoder, other: Path) -> None:
+    """Give a model the layers of another one with as many: a looped model those of a plain one, which it is with one
+    pass; a routed one those of a looped one, whose gate it does without."""
+    _, foreign = model.load_state_dict(load(other, "float32", "cpu").model.state_dict(), strict=False)
+    layers = [name for name in foreign if not name.startswith("early_exit_gate")]
+    if layers:
+        raise ConfigError(other, "num_hidden_layers", len(layers), "tensors have no place in the new model")
 
 
 def _tokenizer(texts: corpus.Corpus) -> Tokenizer:

@@ -39,7 +39,8 @@ class Recipe:
     learning_rate: float = 3e-3
     warmup: int = 100
     seed: int = 0
-    start: str = ""  # plain model of the zoo whose layers it begins with
+    start: str = ""  # model of the zoo whose layers it begins with
+    muon: bool = True  # for the matrices of the layers; without it AdamW takes them too
 
     def shape(self, step: int) -> tuple[int, int]:
         """Sequences of a step, and tokens of each."""
@@ -48,10 +49,12 @@ class Recipe:
 
 
 def initialise(model: Decoder, seed: int) -> None:
-    """Normal(0, 0.02) matrices, the projections back into the residual stream scaled down by its depth."""
+    """Normal(0, 0.02) matrices, projections back into the residual stream scaled down by its depth; routers near 0."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2:
+        if name.startswith("routers"):
+            nn.init.normal_(parameter, std=0.002)
+        elif parameter.dim() >= 2:
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             scale = 0.02 / math.sqrt(2 * len(model.layers)) if into_residual else 0.02
             nn.init.normal_(parameter, std=scale)
@@ -66,14 +69,18 @@ class Optimiser:
     """
 
     def __init__(self, model: Decoder, recipe: Recipe):
-        matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("layers.")]
+        matrices = [
+            p for n, p in model.named_parameters() if recipe.muon and p.dim() == 2 and n.startswith("layers.")
+        ]
         chosen = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in chosen]
         self.recipe = recipe
         self.parts: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(matrices, lr=0.0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0),
         )
+        if matrices:
+            muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+            self.parts = (muon, *self.parts)
 
     def step(self, at: int) -> None:
         r = self.recipe

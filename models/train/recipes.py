@@ -1,7 +1,5 @@
 """The models of the zoo."""
 
-from typing import Any
-
 from models.train.loop import Recipe
 from models.train.objectives import every_exit, gated_loops, picked_tokens
 
@@ -30,18 +28,6 @@ GLA = Recipe(
     long_length=4096,
 )
 
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": VOCABULARY,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "max_position_embeddings": 2048,
-}
-
 SORTED = Recipe(
     "sorted",
     {
@@ -62,33 +48,31 @@ SORTED = Recipe(
 MOR = Recipe(
     "mor",
     {
-        **LLAMA,
-        "architectures": ["MoRLlamaForCausalLM"],
-        "hidden_size": 192,
-        "intermediate_size": 576,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "head_dim": 48,
-        "yaml": {
-            "recursive": {"enable": True, "num_recursion": 3, "sharing": "middle_cycle"},
-            "kv_sharing": {"enable": False},
-            "mor": {
-                "enable": True,
-                "type": "expert",
-                "router_type": "linear",
-                "temp": 1.0,
-                "expert": {
-                    "router_func": "sigmoid",
-                    "alpha": 0.1,
-                    "sampling": "aux_loss",
-                    "gating": "weighted",
-                },
+        "model_type": "routed",
+        "base": GLA.config,
+        "sharing": "middle_cycle",
+        "num_recursions": 3,
+        "skipped": "absent",
+        "mor": {
+            "type": "expert",
+            "router_type": "linear",
+            "expert": {
+                "router_func": "sigmoid",
+                "alpha": 2.0,  # a router that knows nothing lets pass all that a recursion changes
+                "sampling": "aux_loss",
+                "gating": "residual",
             },
         },
+        "bos_token_id": 0,
+        "eos_token_id": 0,
     },
     objective=picked_tokens,
-    steps=400,
+    steps=450,
     tokens=4096,
+    learning_rate=1e-3,
+    warmup=30,
+    start="looped-gla",
+    muon=False,
 )
 
 LOOPED_GLA = Recipe(
@@ -112,4 +96,4 @@ LOOPED_GLA = Recipe(
     start="gla",
 )
 
-RECIPES = {recipe.name: recipe for recipe in (GLA, MOR, SORTED, LOOPED_GLA)}
+RECIPES = {recipe.name: recipe for recipe in (GLA, SORTED, LOOPED_GLA, MOR)}

@@ -144,7 +144,7 @@ async def prometheus(target: str, folder: Path) -> AsyncIterator[httpx.AsyncClie
             stderr=log,
         )
     try:
-        async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False, timeout=60) as client:
             while True:
                 assert process.poll() is None, (folder / "prometheus.log").read_text()
                 try:

@@ -182,7 +182,7 @@ async def front(
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
     made = Front(tls, status, process)
     try:
-        async with httpx.AsyncClient(trust_env=False) as client:
+        async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
             while not await made.alive(client):
                 assert process.poll() is None, log.read_text()
                 await asyncio.sleep(0.02)
@@ -323,7 +323,7 @@ async def test_streams_outlive_a_reload(
             messages = aiter(inference_pb2_grpc.InferenceStub(channel).Generate(ask(2000), timeout=60))
             count = len((await anext(messages)).token_ids)
             door.process.send_signal(signal.SIGUSR1)
-            async with httpx.AsyncClient(trust_env=False) as client:
+            async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
                 while await door.alive(client):
                     await asyncio.sleep(0.02)
             count += sum([len(message.token_ids) async for message in messages])

@@ -60,7 +60,7 @@ async def test_several_gateways_share_a_port_and_one_may_go(tmp_path: Path) -> N
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", OWN_CONNECTION) as channel:
                 stream = inference_pb2_grpc.InferenceStub(channel).Generate(ask(3))
                 assert sum([len(m.token_ids) async for m in stream]) == 3
-            async with httpx.AsyncClient() as client:
+            async with httpx.AsyncClient(timeout=60) as client:
                 assert (await client.get(f"http://127.0.0.1:{page}/healthz")).status_code == 200
         await asyncio.gather(doors[1].close(0), pages[1].close(0))
 

@@ -350,7 +350,7 @@ async def test_paths_and_methods_that_are_not_there(door: Door) -> None:
 async def test_a_client_that_hangs_up_frees_its_slots(door: Door, stream: bool) -> None:
     body = {"prompt": ["a", "b"], "max_tokens": 4000, "ignore_eos": True, "stream": stream}
     before = _cancelled((await door.raw.get("/metrics")).text)
-    async with httpx.AsyncClient(base_url=door.url) as client:
+    async with httpx.AsyncClient(base_url=door.url, timeout=60) as client:
         if stream:
             async with client.stream("POST", "/v1/completions", json=body) as answer:
                 assert answer.status_code == 200
@@ -423,7 +423,7 @@ async def test_api_keys(folder: Path, tmp_path: Path) -> None:
     async with (
         house(folder, gateway=spec) as h,
         http_port(make_app(h.requests, h.fleet, spec, h.metrics)) as url,
-        httpx.AsyncClient(base_url=url) as raw,
+        httpx.AsyncClient(base_url=url, timeout=60) as raw,
     ):
         calls: list[tuple[str, str, dict[str, Any]]] = [
             ("POST", "/v1/completions", {"prompt": "a"}),
@@ -450,7 +450,7 @@ async def test_a_model_that_is_not_there_yet_and_one_that_cannot_chat(tmp_path: 
     async with (
         house(folder) as h,
         http_port(make_app(h.requests, h.fleet, GatewaySpec(), h.metrics)) as url,
-        httpx.AsyncClient(base_url=url) as raw,
+        httpx.AsyncClient(base_url=url, timeout=60) as raw,
     ):
         body = {"messages": HELLO}
         chat = await raw.post("/v1/chat/completions", json=body)

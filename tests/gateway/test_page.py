@@ -176,7 +176,7 @@ async def test_its_labels(served: tuple[House, str], browser: Any) -> None:
 
 
 async def test_it_loads_nothing_from_elsewhere(served: tuple[House, str]) -> None:
-    async with httpx.AsyncClient(base_url=served[1]) as client:
+    async with httpx.AsyncClient(base_url=served[1], timeout=60) as client:
         page = await client.get("/")
         assert page.headers["content-type"].startswith("text/html")
         assert "default-src 'none'" in page.headers["content-security-policy"]

@@ -13,7 +13,7 @@ from models.depth.mor import ExpertChoice
 from models.depth.nested import NestedDecoder
 
 HELPED = 0.05  # nats by which a deeper prediction must be better to have been worth it
-AUXILIARY = 0.01  # weight of the routers' loss
+AUXILIARY = 0.1  # weight of the routers' loss
 
 
 def next_token(model: Decoder, ids: Tensor, targets: Tensor, batch: Batch, step: int) -> Tensor:

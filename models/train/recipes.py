@@ -67,7 +67,7 @@ MOR = Recipe(
         "eos_token_id": 0,
     },
     objective=picked_tokens,
-    steps=450,
+    steps=390,
     tokens=4096,
     learning_rate=1e-3,
     warmup=30,

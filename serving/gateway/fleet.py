@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from serving.cluster.link import Entry
@@ -14,6 +15,9 @@ log = logging.getLogger("fathom.gateway")
 Watch = Callable[[int, float], Awaitable[tuple[int, list[Entry]]]]
 WATCH_S = 10.0
 RECONNECT_S = 0.25
+
+RETURN_S = 2.0
+"""In which a replica that the directory lists, and that is out of touch, should be back."""
 
 
 class Fleet:
@@ -84,6 +88,16 @@ class Fleet:
         description = ready[0].description
         assert description is not None  # it is ready
         return description, ready
+
+    async def returned(self, model: str) -> None:
+        """Until a replica takes requests, RETURN_S at most; at once where the directory lists none. One that was only
+        slow to answer is connected again in a moment: whoever comes in between need not hear of it."""
+        until = time.monotonic() + RETURN_S
+        while not self.replicas(model) and any(e.model == model for e in self._entries.values()):
+            try:
+                await asyncio.wait_for(self.changed(), until - time.monotonic())
+            except TimeoutError:
+                return
 
     def changed(self) -> Awaitable[object]:
         """Until a replica comes, introduces itself, or goes: from this call on, not from when somebody waits for it."""

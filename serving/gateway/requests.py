@@ -230,6 +230,7 @@ class Requests:
         if ask.params.n != 1:
             raise InvalidArgumentError("n", ask.params.n, "must be 1 within a session: fork it")
         model = self.fleet.resolve(ask.model)
+        await self.fleet.returned(model)
         fingerprint = self.fleet.describe(model)[0].identity
         lasts_s = self._timeout(ask)
         async with self.sessions.turn(caller.name, ask.session_id, model, fingerprint, lasts_s) as turn:
@@ -244,6 +245,7 @@ class Requests:
         self._timeout(ask)
         if len(ask.request_id) > MAX_REQUEST_ID:
             raise InvalidArgumentError("request_id", ask.request_id, f"at most {MAX_REQUEST_ID} characters")
+        await self.fleet.returned(model)
         description, replicas = self.fleet.describe(model)
         tokenizer = replicas[0].tokenizer
         before = turn.record.tokens if turn is not None else []

@@ -121,7 +121,7 @@ class Requests:
         Raises RequestError; DeadlineExceededError after the pieces that were ready.
         """
         with self._recorded("generate", ask) as record:
-            caller = self._admitted(ask)
+            caller = await self._admitted(ask)
             async with self._turn(ask, caller) as turn:
                 prepared, tokenizer, eos = await self._prepare(ask, record, caller.name, turn)
                 with caller.stream(len(prepared.prompt) - len(turn.record.tokens if turn else ())):
@@ -180,7 +180,7 @@ class Requests:
     async def _read(self, method: str, ask: Ask, **work: Any) -> tuple[list[int], Output]:
         """All that the engine says of a prompt that nothing is generated after."""
         with self._recorded(method, ask) as record:
-            caller = self._admitted(ask)
+            caller = await self._admitted(ask)
             prepared, _, _ = await self._prepare(ask, record, caller.name, **work)
             whole = Output(prepared.id, 0)
             with caller.stream(len(prepared.prompt)):
@@ -204,7 +204,7 @@ class Requests:
             for listener in self._listeners:
                 listener(record)
 
-    def _admitted(self, ask: Ask) -> Caller:
+    async def _admitted(self, ask: Ask) -> Caller:
         """Raises UnauthenticatedError, PermissionDeniedError, or OverloadedError, before anything has been done."""
         self._check_room()
         caller = self.keys.authenticate(ask.credential)
@@ -214,6 +214,7 @@ class Requests:
         if self._open_of[caller.name] * len(self._open_of) >= self._open:
             # Who has less than the others may take a place of theirs.
             self.fleet.check_room(model, caller.name, self._open_of[caller.name])
+        await self.fleet.returned(model)
         return caller
 
     def _check_room(self) -> None:
@@ -230,7 +231,6 @@ class Requests:
         if ask.params.n != 1:
             raise InvalidArgumentError("n", ask.params.n, "must be 1 within a session: fork it")
         model = self.fleet.resolve(ask.model)
-        await self.fleet.returned(model)
         fingerprint = self.fleet.describe(model)[0].identity
         lasts_s = self._timeout(ask)
         async with self.sessions.turn(caller.name, ask.session_id, model, fingerprint, lasts_s) as turn:
@@ -245,7 +245,6 @@ class Requests:
         self._timeout(ask)
         if len(ask.request_id) > MAX_REQUEST_ID:
             raise InvalidArgumentError("request_id", ask.request_id, f"at most {MAX_REQUEST_ID} characters")
-        await self.fleet.returned(model)
         description, replicas = self.fleet.describe(model)
         tokenizer = replicas[0].tokenizer
         before = turn.record.tokens if turn is not None else []

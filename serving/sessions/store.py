@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from serving.errors import UnavailableError
 
 log = logging.getLogger("fathom.gateway")
+
+PARTIAL = ".partial"
 
 
 class StateStore:
@@ -21,8 +24,8 @@ class StateStore:
 
     def __init__(self, url: str):
         """`url`: of fsspec, or a local folder."""
-        self._folder = None if "://" in url else Path(url).expanduser()
-        self._fs, self._root = fsspec.core.url_to_fs(str(self._folder or url))
+        self._fs, self._root = fsspec.core.url_to_fs(url if "://" in url else str(Path(url).expanduser()))
+        self._folder = Path(self._root) if isinstance(self._fs, LocalFileSystem) else None
 
     def put(self, path: str, data: bytes) -> None:
         """Keep a blob under a path, in place of what may be there."""
@@ -53,12 +56,12 @@ class StateStore:
 
     @contextlib.contextmanager
     def _partial(self, target: str, data: bytes) -> Iterator[str]:
-        """A file beside the target, to take its place; nothing is left of it afterwards."""
+        """A file beside the target, to take its place. Only a writer that is killed leaves anything of it."""
         # States tell what was said. Another writer may make the folder at the same time.
         assert self._folder is not None
         self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
         self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-        partial = f"{target}.{secrets.token_hex(4)}.partial"
+        partial = f"{target}.{secrets.token_hex(4)}{PARTIAL}"
         try:
             self._fs.pipe_file(partial, data)
             yield partial
@@ -79,15 +82,15 @@ class StateStore:
         with _told("written to"), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(f"{self._root}/{path}")
 
-    def list(self, folder: str) -> list[str]:
-        """Names of the blobs (and folders) in a folder."""
+    def list(self, folder: str, *, partial: bool = False) -> list[str]:
+        """Names of the blobs (and folders) in a folder; or of what is, or was, being written there."""
         with _told("read"):
             try:
                 entries = self._fs.ls(f"{self._root}/{folder}", detail=False, refresh=True)
             except (FileNotFoundError, NotADirectoryError):
                 return []
         names = [str(entry).rpartition("/")[2] for entry in entries]
-        return sorted(name for name in names if not name.endswith(".partial"))
+        return sorted(name for name in names if name.endswith(PARTIAL) is partial)
 
 
 @contextlib.contextmanager

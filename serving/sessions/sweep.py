@@ -9,6 +9,7 @@ from serving.errors import DataLossError, NotFoundError
 from serving.sessions.records import GRACE_S, SESSION, SNAPSHOT, Record, Records, parsed
 from serving.sessions.store import StateStore
 
+FOLDERS = f"{SESSION}s", f"{SNAPSHOT}s", "states", "versions"
 OWNER = re.compile(r"[0-9a-f]{24}")
 
 
@@ -23,12 +24,14 @@ class Sweeper:
         self._loose: set[str] = set()  # paths that nothing led to the last time
 
     def sweep(self) -> None:
-        """Once. What has lost its record only just now may be getting another: it goes with the next sweep. Raises
+        """Once. What has lost its record only just now may be getting another, and what is written in part may yet be
+        written whole: it goes with the next sweep, by when no writer has anybody who waits for it. Raises
         UnavailableError."""
         loose = set()
         for folder in filter(OWNER.fullmatch, self._store.list("")):
             records = dict(self._kept(folder))
             loose |= {f"{folder}/{path}" for path in self._leads_nowhere(folder, records)}
+            loose |= {f"{folder}/{path}" for path in self._partial(folder)}
         for path in loose & self._loose:
             self._store.delete(path)
         self._loose = loose
@@ -68,6 +71,12 @@ class Sweeper:
             record_id, _, digest = name.removesuffix(".safetensors").partition(".")
             if record_id not in records or not self._names(folder, records[record_id], digest):
                 yield f"states/{name}"
+
+    def _partial(self, folder: str) -> Iterator[str]:
+        """What is being written, or was by a writer that was killed; each writing has a name of its own."""
+        for kind in FOLDERS:
+            for name in self._store.list(f"{folder}/{kind}", partial=True):
+                yield f"{kind}/{name}"
 
     def _names(self, folder: str, record: Record | None, digest: str) -> bool:
         """Whether this is the record's state, by what it says now; a damaged one may have any."""

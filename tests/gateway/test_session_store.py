@@ -306,6 +306,46 @@ async def test_what_has_expired_is_taken_out_of_the_store(tmp_path: Path, now: C
     assert len(files(tmp_path / owner / "states")) == 3
 
 
+@pytest.mark.parametrize("url", ["", "file://", "memory://"])
+async def test_what_a_killed_writer_leaves_is_taken_out_of_the_store(tmp_path: Path, url: str) -> None:
+    sessions = sessions_at(url + str(tmp_path))
+    session_id = await made(sessions, [1], b"state")
+    await sessions.snapshot(OWNER, session_id, None)
+    store = sessions._records._store
+    (owner,) = store.list("")
+    before = {folder: store.list(f"{owner}/{folder}") for folder in store.list(owner)}
+    assert set(before) == {"sessions", "snapshots", "states", "versions"}
+    left = [f"{owner}/{folder}/{session_id}.{folder}.1a2b3c4d.partial" for folder in before]
+    for path in left:
+        store._fs.pipe_file(f"{store._root}/{path}", b"half of")
+    sweeper = Sweeper(store)
+    sweeper.sweep()
+    assert all(map(store._fs.exists, (f"{store._root}/{path}" for path in left))), "they may be being written"
+    sweeper.sweep()
+    assert not any(store.list(f"{owner}/{folder}", partial=True) for folder in before)
+    assert {folder: store.list(f"{owner}/{folder}") for folder in before} == before
+    assert (await sessions.fork(OWNER, session_id, None)).tokens == [1]
+
+
+@pytest.mark.parametrize("url", ["", "file://"])
+async def test_nobody_sees_half_of_what_is_being_written_and_sweeping_does_not_disturb_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    store, sweeper = StateStore(url + str(tmp_path)), Sweeper(StateStore(str(tmp_path)))
+    folder = f"{'0' * 24}/states"
+    write = store._fs.pipe_file
+
+    def slowly(path: str, data: bytes, **named: Any) -> None:
+        write(path, data[:2], **named)
+        sweeper.sweep()
+        assert store.list(folder) == []
+        write(path, data)
+
+    monkeypatch.setattr(store._fs, "pipe_file", slowly)
+    assert store.create(f"{folder}/one", b"created")
+    assert store.get(f"{folder}/one") == b"created" and not store.list(folder, partial=True)
+
+
 class Slow(StateStore):
     """Everybody waits before they create until all are there."""
 

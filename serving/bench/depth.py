@@ -132,7 +132,7 @@ class Replaying(TorchRunner):
             nodes = [tick.nodes, *(np.full(len(c.active), c.node) for c in tick.chunks)]
             positions = [rows.position[tick.slots], *(c.start + c.active for c in tick.chunks)]
             slots = np.concatenate(owners)
-            units = paths.look("units", rows.path[slots], np.concatenate(nodes))
+            units = paths.units[paths.places(rows.path[slots], np.concatenate(nodes))]
             sequence = rows.seed[slots].astype(np.int64)
             leaves = self.trace[sequence, np.concatenate(positions) % self.trace.shape[1]]
             result.signals["gate"] = (units >= leaves)[tick.wanted["gate"]].astype(np.float32)

@@ -26,33 +26,38 @@ class StageChooser:
         self._first, self._final = first, final
         self._passed: dict[int, float] = {}  # tokens through each stage, older ones fading away
         self._costs: dict[int, Cost] = {}
+        self._fixed: dict[int, float] = {}  # of these, as it is now
 
     def ran(self, stage: int, tokens: int, seconds: float) -> None:
         """Learn from a tick."""
-        self._costs.setdefault(stage, Cost()).observe(tokens, seconds)
-        self._passed = {known: MEMORY * passed for known, passed in self._passed.items()}
+        cost = self._costs.setdefault(stage, Cost())
+        cost.observe(tokens, seconds)
+        self._fixed[stage] = cost.fixed
+        for known in self._passed:
+            self._passed[known] *= MEMORY
         self._passed[stage] = self._passed.get(stage, 0.0) + tokens
 
     def choose(self, stages: Ints, tokens: Ints, waited: Ints) -> int:
         """`stages`, `tokens` and ticks `waited` of everything that is parked; the stage to run."""
-        waiting = np.bincount(stages, weights=tokens)
-        there = np.flatnonzero(waiting).tolist()
+        waiting = np.bincount(stages, weights=tokens).tolist()
+        there = [stage for stage, count in enumerate(waiting) if count]
         if len(there) == 1:
             return there[0]
         oldest = int(waited.argmax())
         if waited[oldest] > PATIENCE:
             return int(stages[oldest])
-        share = {s: min(1.0, waiting[s] / (waiting.sum() * self._reach(s))) for s in there}
+        parked = sum(waiting)
+        whole = sum(self._passed.get(final, 0.0) for final in self._final)
+        share = {s: min(1.0, waiting[s] / (parked * self._reach(s, whole))) for s in there}
         # Of equals the fullest, then the one nearest to the head.
         return min(there, key=lambda s: (round(self._launch(s) * (1 - share[s]), 9), -share[s], -s))
 
-    def _reach(self, stage: int) -> float:
-        """The share of tokens that pass this stage."""
-        whole = sum(self._passed.get(final, 0.0) for final in self._final)
+    def _reach(self, stage: int, whole: float) -> float:
+        """The share of tokens that pass this stage, of so many that pass the head."""
         passed = self._passed.get(stage, 0.0)
         return passed / whole if 0 < passed < whole else 1.0
 
     def _launch(self, stage: int) -> float:
         """Seconds of a run however few its rows."""
-        stages = [stage, self._first] if stage in self._final else [stage]
-        return sum(self._costs[s].fixed for s in stages if s is not None and s in self._costs)
+        stages = [stage] if self._first is None or stage not in self._final else [stage, self._first]
+        return sum(self._fixed.get(s, 0.0) for s in stages)

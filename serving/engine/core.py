@@ -111,6 +111,7 @@ class Tick:
     stage: int
     slots: Ints  # decoding rows
     nodes: Ints  # where each is on its path
+    places: Ints  # and in the columns of the PathTable
     chunks: list[Chunk]
     final: bool  # the stage ends with the head
     waited: Ints  # ticks that each row was parked while other stages ran

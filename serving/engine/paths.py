@@ -6,31 +6,33 @@ import numpy.typing as npt
 from models.paths import NOWHERE, Path
 from serving.engine.core import Ints
 
-COLUMNS = ("stage", "depth", "occurrence", "units", "exit_to")
+NO_INTS = np.zeros(0, np.int64)
 
 
 class PathTable:
-    """Paths by number, as arrays [path, node], so that a tick moves all its rows at once."""
+    """Paths by number, and the nodes of all of them as columns, so that a tick moves all its rows at once. A node of a
+    path is at one `place` in each column."""
 
     def __init__(self) -> None:
         self._paths: list[Path] = []
         self._users: list[int] = []
-        self._columns: dict[str, npt.NDArray[np.int64]] = {}
-        self._fill()
+        self._widths = np.zeros(0, np.float32)
+        self._longest = 0
+        self.stage = self.depth = self.occurrence = self.units = self.exit_to = (
+            NO_INTS  # of models.paths.Node
+        )
+        self.leads_to = (
+            NO_INTS  # the depth at the next node that adds one, this or a later one; 0 behind the last
+        )
 
     def add(self, path: Path) -> int:
         """The number of a path that is about to be used; equal paths share one."""
         if path in self._paths:
             number = self._paths.index(path)
-        elif 0 in self._users[1:]:  # number 0 is the model's own and stays
-            number = self._users.index(0, 1)
-            self._paths[number] = path
         else:
-            number = len(self._paths)
-            self._paths.append(path)
-            self._users.append(0)
+            number = self._new(path)
+            self._fill()
         self._users[number] += 1
-        self._fill()
         return number
 
     def release(self, number: int) -> None:
@@ -43,23 +45,40 @@ class PathTable:
         """Share of heads and hidden units of each of these paths."""
         return self._widths[paths]
 
-    def look(self, column: str, paths: Ints | int, nodes: Ints | int) -> Ints:
-        """A column's values at these nodes of these paths: of COLUMNS, or `leads_to`."""
-        return self._columns[column][paths, nodes]
+    def places(self, paths: Ints, nodes: Ints) -> Ints:
+        """Where these nodes of these paths are, until the next path is added."""
+        return paths * self._longest + nodes
+
+    def place(self, path: int, node: int) -> int:
+        return path * self._longest + node
+
+    def _new(self, path: Path) -> int:
+        if 0 in self._users[1:]:  # number 0 is the model's own and stays
+            number = self._users.index(0, 1)
+            self._paths[number] = path
+            return number
+        self._paths.append(path)
+        self._users.append(0)
+        return len(self._paths) - 1
 
     def _fill(self) -> None:
-        longest = max((len(path.nodes) for path in self._paths), default=0)
+        self._longest = max(len(path.nodes) for path in self._paths)
         self._widths = np.array([path.width for path in self._paths], np.float32)
-        for name in COLUMNS:
-            column = np.full((len(self._paths), longest), NOWHERE, np.int64)
-            for number, path in enumerate(self._paths):
-                column[number, : len(path.nodes)] = [getattr(node, name) for node in path.nodes]
-            self._columns[name] = column
-        self._columns["leads_to"] = _leads_to(self._columns["units"])
+        self.stage, self.depth, self.occurrence, self.units, self.exit_to = (
+            self._column(name) for name in ("stage", "depth", "occurrence", "units", "exit_to")
+        )
+        self.leads_to = _leads_to(self.units.reshape(-1, self._longest)).reshape(-1)
+
+    def _column(self, name: str) -> Ints:
+        """Of all paths, one after the other, each as long as the longest."""
+        column = np.full((len(self._paths), self._longest), NOWHERE, np.int64)
+        for number, path in enumerate(self._paths):
+            column[number, : len(path.nodes)] = [getattr(node, name) for node in path.nodes]
+        return column.reshape(-1)
 
 
 def _leads_to(units: Ints) -> Ints:
-    """The depth at the next node that adds one, this one or one after it; 0 behind the last."""
+    """`leads_to` of units [path, node]."""
     found = np.zeros_like(units)
     for node in reversed(range(units.shape[1])):
         further = found[:, node + 1] if node + 1 < units.shape[1] else 0

@@ -16,7 +16,7 @@ from models.depth import signals as measures
 from models.paging import PAGE, pages_for
 from models.paths import NOWHERE, Path
 from models.state import Snapshot, StatePool
-from serving.engine.core import Chunk, Floats, Ints, Result, Sampled, Sequence, Tick
+from serving.engine.core import Chunk, Ints, Result, Sampled, Sequence, Tick
 from serving.engine.depth import ABOUT_PREDICTIONS, CONVERGENCE, DepthPolicy
 from serving.engine.graphs import HostCopy, StageGraphs
 from serving.engine.paths import PathTable
@@ -83,7 +83,10 @@ class TorchRunner:
         self._entries = [np.zeros((slots + 1, deepest), np.int64) for _ in model.stages if layout.paged]
         # Rows that wait between two stages; a model of one stage has none.
         waiting = slots + 1 if len(model.stages) > 1 else 0
-        self._parked = torch.zeros(waiting, model.row_width, dtype=model.row_dtype, device=model.device)
+        self._device = model.device
+        self._parked = torch.zeros(waiting, model.row_width, dtype=model.row_dtype, device=self._device)
+        self._ones = np.ones(slots, np.int64)
+        self._offsets = torch.arange(slots + 1, device=self._device)
 
     def path(self, policy: DepthPolicy) -> Path:
         return path_of(self.model, policy)
@@ -154,7 +157,9 @@ class TorchRunner:
             return Result(sampled=self._head(tick, rows, after))
         signals = {}
         if tick.wanted:
-            signals = self._signals(tick, self._first_exit(tick, rows, paths), before, after, batch)
+            successive = any(name in CONVERGENCE for name in tick.wanted)
+            first_exit = self._first_exit(tick, rows, paths) if successive else None
+            signals = self._signals(tick, first_exit, before, after, batch)
         self._park(tick, after)
         return Result({name: copy.wait().numpy() for name, copy in signals.items()})
 
@@ -178,7 +183,7 @@ class TorchRunner:
                 seeds=self._tensor(rows.seed[slots].view(np.int64)),
             )
             self._grow(stage, slots, depths, np.ones_like(slots))
-            self.model.fill(stage, self._parked[held], batch, self.pool.layers)
+            self.model.fill(stage, self._parked.index_select(0, held), batch, self.pool.layers)
 
     def _batch(self, tick: Tick, rows: Rows, paths: PathTable) -> Batch:
         """What the tick works on, with room for what it appends."""
@@ -198,8 +203,8 @@ class TorchRunner:
             *(~np.isin(t, c.active) for c, t in zip(tick.chunks, tokens, strict=True)),
         ]
         any_ghosts = any(g.any() for g in ghosts[1:])
-        held = rows.held(owners, paths.look("occurrence", rows.path[owners], nodes))
-        depths = paths.look("depth", rows.path[owners], nodes)
+        places = paths.places(rows.path[owners], nodes)
+        held, depths = rows.held(owners, paths.occurrence[places]), paths.depth[places]
         self._grow(tick.stage, held, depths, lengths)
         return Batch(
             slots=self._tensor(held),
@@ -208,33 +213,37 @@ class TorchRunner:
             positions=self._tensor(np.concatenate(positions)),
             seeds=self._tensor(rows.seed[owners].view(np.int64)),
             ghosts=self._tensor(np.concatenate(ghosts)) if any_ghosts else None,
-            width=self._width(paths.widths(rows.path[owners]), lengths),
+            width=self._width(paths, rows.path[owners], lengths),
         )
 
     def _single(self, tick: Tick, rows: Rows, paths: PathTable) -> Batch:
         """The same where no prompt is on its way: one token of each row."""
-        slots, of = tick.slots, rows.path[tick.slots]
-        held = rows.held(slots, paths.look("occurrence", of, tick.nodes))
-        depths = paths.look("depth", of, tick.nodes)
-        self._grow(tick.stage, held, depths, np.ones_like(slots))
+        slots, count = tick.slots, len(tick.slots)
+        held, depths = rows.held(slots, paths.occurrence[tick.places]), paths.depth[tick.places]
+        self._grow(tick.stage, held, depths, self._ones[:count])
         return Batch(
             slots=self._tensor(held),
             depths=self._tensor(depths),
-            offsets=self._tensor(np.arange(len(slots) + 1)),
+            offsets=self._offsets[: count + 1],
             positions=self._tensor(rows.position[slots]),
             seeds=self._tensor(rows.seed[slots].view(np.int64)),
-            width=self._width(paths.widths(of), np.ones_like(slots)),
+            width=self._width(paths, rows.path[slots], self._ones[:count]),
         )
 
-    def _width(self, widths: Floats, lengths: Ints) -> float | Tensor:
+    def _width(self, paths: PathTable, of: Ints, lengths: Ints) -> float | Tensor:
         """Of all tokens where they agree; of each [T] otherwise."""
-        if self.model.widths == (1.0,) or (widths == widths[0]).all():
+        if self.model.widths == (1.0,):
+            return 1.0
+        widths = paths.widths(of)
+        if (widths == widths[0]).all():
             return float(widths[0])
         return self._tensor(widths.repeat(lengths)).to(self.model.dtype)
 
     def _grow(self, stage: int, slots: Ints, depths: Ints, lengths: Ints) -> None:
         """Find pages for the entries that this tick appends: so many at each slot and depth. Not a number of it has to
         come back from the device."""
+        if not self._entries:
+            return
         for group, appended in self.model.appends(stage, torch.from_numpy(depths)).items():
             at = appended.numpy()
             live = (slots > 0) & (at >= 0)
@@ -266,7 +275,7 @@ class TorchRunner:
         begins, all_ids = np.concatenate(fresh), np.concatenate(ids)
         if begins.all():
             return self.model.embed(self._tensor(all_ids))
-        parked = self._parked[self._tensor(tick.slots)]
+        parked = self._parked.index_select(0, self._tensor(tick.slots))
         width = self.model.row_width
         waited = (parked.new_empty(len(c.ids), width) if c.rows is None else c.rows for c in tick.chunks)
         entering = torch.cat([parked, *(r[self._tensor(t)] for r, t in zip(waited, tokens, strict=True))])
@@ -279,7 +288,7 @@ class TorchRunner:
         begins = tick.nodes == 0
         if begins.all():
             return self.model.embed(self._tensor(rows.token[tick.slots]))
-        parked = self._parked[self._tensor(tick.slots)]
+        parked = self._parked.index_select(0, self._tensor(tick.slots))
         if begins.any():
             parked[self._tensor(begins)] = self.model.embed(self._tensor(rows.token[tick.slots[begins]]))
         return parked
@@ -287,7 +296,7 @@ class TorchRunner:
     def _park(self, tick: Tick, after: Tensor) -> None:
         """Keep what the stage made of its rows until their next one."""
         first = len(tick.slots)
-        self._parked[self._tensor(tick.slots)] = after[:first]
+        self._parked.index_copy_(0, self._tensor(tick.slots), after[:first])
         for chunk in tick.chunks:
             tokens = chunk.passing
             made = after[first : first + len(tokens)]
@@ -302,13 +311,18 @@ class TorchRunner:
         with."""
         owners = np.concatenate([tick.slots, *(np.full(len(c.active), c.sequence.slot) for c in tick.chunks)])
         nodes = np.concatenate([tick.nodes, *(np.full(len(c.active), c.node) for c in tick.chunks)])
-        units = paths.look("units", rows.path[owners], nodes)
+        units = paths.units[paths.places(rows.path[owners], nodes)]
         return units == min(n.units for n in self.model.path().nodes if n.exit_to != NOWHERE and n.units)
 
     def _signals(
-        self, tick: Tick, first_exit: npt.NDArray[np.bool_], before: Tensor, after: Tensor, batch: Batch
+        self,
+        tick: Tick,
+        first_exit: npt.NDArray[np.bool_] | None,
+        before: Tensor,
+        after: Tensor,
+        batch: Batch,
     ) -> dict[str, HostCopy]:
-        """The wanted signals, each for the tokens that want it."""
+        """The wanted signals, each for the tokens that want it. `first_exit`: of those that compare two passes."""
         at = self._places(tick)  # of the tick's tokens in the batch, which may have ghosts among them
         signals = {}
         for name, wanting in tick.wanted.items():
@@ -317,7 +331,7 @@ class TorchRunner:
                 value = self.model.signal(name, after[index])
             else:
                 value = self._measure(name, before, after, index, batch)
-                if name in CONVERGENCE:
+                if first_exit is not None and name in CONVERGENCE:
                     value = value.masked_fill(self._tensor(first_exit[wanting]), float("nan"))
             signals[name] = HostCopy(value)
         return signals
@@ -394,4 +408,5 @@ class TorchRunner:
         sampled.embeddings[chunk.sequence.slot] = self.model.normed(rows).double().sum(0).cpu().numpy()
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self.model.device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        return tensor.to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor

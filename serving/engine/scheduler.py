@@ -23,6 +23,10 @@ from serving.engine.waiting import WaitingQueue
 from serving.errors import InvalidArgumentError, OverloadedError
 
 COUNTING = SIGNALS.index("argmax")
+FULL_DEPTH, GOVERNED = int(ExitReason.FULL_DEPTH), int(ExitReason.GOVERNED)
+UNREPEATABLE = np.isin(np.arange(max(ExitReason) + 1), [GOVERNED, int(ExitReason.OUT_OF_TIME)])
+"""By reason: whether another time the same policy may let the token go deeper."""
+
 Skipped = tuple[int, Ints, Ints]
 """A stage, slots, and the depth of each: passes that rows do without."""
 
@@ -31,6 +35,8 @@ class _Parked(NamedTuple):
     """Everything that could run, first the decoding rows, then the chunks."""
 
     slots: Ints  # of the rows
+    nodes: Ints
+    places: Ints
     stages: Ints
     tokens: Ints
     since: Ints  # the tick at which each was parked
@@ -180,12 +186,12 @@ class Scheduler:
             return None
         self.tick += 1
         stage = self.chooser.choose(parked.stages, parked.tokens, self.tick - parked.since)
-        here = parked.slots[parked.stages[: len(parked.slots)] == stage]
+        rows = parked.stages[: len(parked.slots)] == stage
+        here, nodes = parked.slots[rows], parked.nodes[rows]
         chunks = [chunk for chunk in self._chunks if self._stage_of(chunk) == stage]
         waited = self.tick - 1 - self.rows.since[here]
-        under_way = int((self.rows.node[parked.slots] > 0).sum())
-        tick = Tick(stage, here, self.rows.node[here], chunks, stage in self._final, waited)
-        tick.refills = int((tick.nodes == 0).sum()) if under_way else 0
+        tick = Tick(stage, here, nodes, parked.places[rows], chunks, stage in self._final, waited)
+        tick.refills = int((nodes == 0).sum()) if parked.nodes.any() else 0
         if not tick.final:
             self._want(tick)
         return tick
@@ -197,22 +203,18 @@ class Scheduler:
     def decide(self, tick: Tick, signals: dict[str, Floats]) -> list[Skipped]:
         """Apply the depth policies: each token of the tick goes on, or leaves for where its path ends early. Returns
         what decoding rows skip by that and have to write, where tokens do."""
-        owners, nodes, paths = self._tokens(tick)
-        before = np.concatenate(
-            [self.rows.units[tick.slots], *(chunk.units[chunk.active] for chunk in tick.chunks)]
-        )
-        units = np.maximum(before, self.paths.look("units", paths, nodes))
+        owners, nodes, places = self._tokens(tick)
+        units = np.maximum(self._before(tick), self.paths.units[places])
         self._reached(tick, units)
         tick.units = units
         if tick.final:
             return []
-        exit_to = self.paths.look("exit_to", paths, nodes)
+        exit_to = self.paths.exit_to[places]
         leave, reasons = self._leaving(tick, owners, units, signals)
-        unrepeatable = leave & ((reasons == ExitReason.GOVERNED) | (reasons == ExitReason.OUT_OF_TIME))
-        for slot in owners[unrepeatable].tolist():
+        for slot in owners[leave & UNREPEATABLE[reasons]].tolist():
             self.running[slot].tainted = True
         leave &= exit_to != NOWHERE
-        reasons[~leave] = ExitReason.FULL_DEPTH
+        reasons = np.where(leave, reasons, FULL_DEPTH)
         count = len(tick.slots)
         self.rows.reason[tick.slots] = reasons[:count]
         self.rows.park(tick.slots, np.where(leave, exit_to, nodes + 1)[:count], self.tick)
@@ -229,7 +231,7 @@ class Scheduler:
         if leave.any():
             chunk.meet = int(exit_to[leave][0])
             chunk.active = chunk.active[~leave]
-        leads_to = self.paths.look("leads_to", chunk.sequence.path, chunk.node + 1)
+        leads_to = self.paths.leads_to[self.paths.place(chunk.sequence.path, chunk.node + 1)]
         deeper = leads_to <= self.rows.reach[chunk.sequence.slot]
         chunk.fills = self._fills and bool(deeper)
         chunk.node = chunk.node + 1 if len(chunk.active) or chunk.fills else chunk.meet
@@ -238,18 +240,20 @@ class Scheduler:
 
     def _skipped(self, tick: Tick, leave: npt.NDArray[np.bool_]) -> list[Skipped]:
         """The passes that leaving rows do without, as far down as later tokens of their sequences may come."""
-        slots, nodes = tick.slots[leave], tick.nodes[leave]
-        paths = self.rows.path[slots]
-        exit_to = self.paths.look("exit_to", paths, nodes)
+        leave = leave & (self.rows.reach[tick.slots] > self.rows.units[tick.slots])
+        if not leave.any():
+            return []
+        slots, nodes, places = tick.slots[leave], tick.nodes[leave], tick.places[leave]
+        reach, exit_to = self.rows.reach[slots], self.paths.exit_to[places]
         skipped: dict[int, list[tuple[Ints, Ints]]] = {}
-        for further in range(1, int((exit_to - nodes).max(initial=0))):
+        for further in range(1, int((exit_to - nodes).max())):
             there = nodes + further < exit_to
-            at = slots[there], paths[there], nodes[there] + further
-            seen = self.paths.look("leads_to", *at[1:]) <= self.rows.reach[at[0]]
-            stages, depths = (self.paths.look(column, *at[1:]) for column in ("stage", "depth"))
+            at = places[there] + further
+            seen = self.paths.leads_to[at] <= reach[there]
+            stages, depths = self.paths.stage[at], self.paths.depth[at]
             for stage in np.unique(stages[seen]).tolist():
                 chosen = seen & (stages == stage)
-                skipped.setdefault(stage, []).append((at[0][chosen], depths[chosen]))
+                skipped.setdefault(stage, []).append((slots[there][chosen], depths[chosen]))
         return [
             (
                 stage,
@@ -258,6 +262,13 @@ class Scheduler:
             )
             for stage, parts in skipped.items()
         ]
+
+    def _before(self, tick: Tick) -> Ints:
+        """How deep each token of the tick was before it."""
+        rows = self.rows.units[tick.slots]
+        if not tick.chunks:
+            return rows
+        return np.concatenate([rows, *(chunk.units[chunk.active] for chunk in tick.chunks)])
 
     def _reached(self, tick: Tick, units: Ints) -> None:
         """Write down how deep each token of the tick is now."""
@@ -383,37 +394,34 @@ class Scheduler:
 
     def _parked(self) -> "_Parked":
         slots = np.flatnonzero(self.rows.node != IDLE)
-        stages = self.paths.look("stage", self.rows.path[slots], self.rows.node[slots])
-        if not self._chunks:
-            return _Parked(slots, stages, np.ones_like(slots), self.rows.since[slots])
-        return _Parked(
-            slots,
-            np.concatenate([stages, np.array([self._stage_of(chunk) for chunk in self._chunks], np.int64)]),
-            np.concatenate([np.ones_like(slots), np.array([len(c.passing) for c in self._chunks], np.int64)]),
-            np.concatenate([self.rows.since[slots], np.array([c.since for c in self._chunks], np.int64)]),
-        )
+        nodes, since = self.rows.node[slots], self.rows.since[slots]
+        places = self.paths.places(self.rows.path[slots], nodes)
+        stages = self.paths.stage[places]
+        tokens = np.ones_like(slots)
+        if self._chunks:
+            waiting = [(self._stage_of(c), len(c.passing), c.since) for c in self._chunks]
+            stages, tokens, since = np.hstack([[stages, tokens, since], np.array(waiting).T])
+        return _Parked(slots, nodes, places, stages, tokens, since)
 
     def _tokens(self, tick: Tick) -> tuple[Ints, Ints, Ints]:
-        """For each token of a tick: the slot whose policy holds, its node, and its path."""
+        """For each token of a tick: the slot whose policy holds, its node, and the place of that."""
         if not tick.chunks:
-            return tick.slots, tick.nodes, self.rows.path[tick.slots]
+            return tick.slots, tick.nodes, tick.places
         lengths = [len(chunk.active) for chunk in tick.chunks]
-        owners = np.concatenate(
-            [tick.slots, np.repeat([c.sequence.slot for c in tick.chunks], lengths).astype(np.int64)]
-        )
-        nodes = np.concatenate(
-            [tick.nodes, np.repeat([c.node for c in tick.chunks], lengths).astype(np.int64)]
-        )
-        return owners, nodes, self.rows.path[owners]
+        owners = np.concatenate([tick.slots, np.repeat([c.sequence.slot for c in tick.chunks], lengths)])
+        nodes = np.concatenate([tick.nodes, np.repeat([c.node for c in tick.chunks], lengths)])
+        return owners, nodes, self.paths.places(self.rows.path[owners], nodes)
 
     def _want(self, tick: Tick) -> None:
         """Note the signals that decide about the tokens of a tick. Where a token goes the same way whatever a signal
         says, before its floor and after the last pass, none is computed, unless it counts passes."""
-        owners, nodes, paths = self._tokens(tick)
+        owners, nodes, places = self._tokens(tick)
         signal = self.rows.signal[owners]
-        above = self.paths.look("units", paths, nodes) < self.rows.floor[owners]
+        if (signal == IDLE).all():
+            return
+        above = self.paths.units[places] < self.rows.floor[owners]
         signal[above & (signal != COUNTING)] = IDLE
-        exit_to = self.paths.look("exit_to", paths, nodes)
+        exit_to = self.paths.exit_to[places]
         signal[(exit_to == NOWHERE) | (exit_to == nodes + 1)] = IDLE
         for index in sorted(set(signal.tolist()) - {IDLE}):
             tick.wanted[SIGNALS[index]] = np.flatnonzero(signal == index)
@@ -435,7 +443,7 @@ class Scheduler:
         if self.governor.shed:
             governed = units >= self.governor.ceilings(rows.full[owners], rows.shed[owners])
             governed &= units < rows.full[owners]
-            reasons[governed & ~early & ~capped] = ExitReason.GOVERNED
+            reasons[governed & ~early & ~capped] = GOVERNED
             capped |= governed
         return early | capped, reasons
 

@@ -116,7 +116,7 @@ class LockStep(StageChooser):
     """In place of the engine's choice of a stage: the earliest one where anything is parked, so that rows which have
     left wait until the deepest one has."""
 
-    def choose(self, stages: Ints, tokens: Ints, waited: Ints) -> int:
+    def choose(self, stages: Ints, tokens: Ints, since: Ints, tick: int) -> int:
         return int(stages.min())
 
 

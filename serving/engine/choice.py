@@ -37,14 +37,14 @@ class StageChooser:
             self._passed[known] *= MEMORY
         self._passed[stage] = self._passed.get(stage, 0.0) + tokens
 
-    def choose(self, stages: Ints, tokens: Ints, waited: Ints) -> int:
-        """`stages`, `tokens` and ticks `waited` of everything that is parked; the stage to run."""
-        waiting = np.bincount(stages, weights=tokens).tolist()
+    def choose(self, stages: Ints, tokens: Ints, since: Ints, tick: int) -> int:
+        """`stages` and `tokens` of everything that is parked, `since` which ticks; the stage to run at this one."""
+        waiting = np.bincount(stages, tokens).tolist()
         there = [stage for stage, count in enumerate(waiting) if count]
         if len(there) == 1:
             return there[0]
-        oldest = int(waited.argmax())
-        if waited[oldest] > PATIENCE:
+        oldest = int(since.argmin())
+        if tick - since[oldest] > PATIENCE:
             return int(stages[oldest])
         parked = sum(waiting)
         whole = sum(self._passed.get(final, 0.0) for final in self._final)

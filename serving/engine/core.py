@@ -73,6 +73,11 @@ class Sequence:
     embedding: Any = 0.0  # [hidden_size] float64, of the prompt so far
     finished: FinishReason | None = None
 
+    @property
+    def length(self) -> int:
+        """Tokens of its prompt and its continuation so far."""
+        return len(self.request.prompt) + len(self.tokens)
+
 
 @dataclass(slots=True)
 class Chunk:

@@ -188,12 +188,15 @@ class Engine:
         slots = sampled.slots
         gaps = rows.gaps(slots, now)
         self.observer.emitted(rows.units[slots], rows.reason[slots], gaps[~np.isnan(gaps)])
-        running = self.scheduler.running
-        for row, slot in enumerate(slots.tolist()):
-            sequence = running[slot]
-            outputs.append(self._token(sequence, row, sampled, now))
+        sequences = [self.scheduler.running[slot] for slot in slots.tolist()]
+        depths, reasons = rows.units[slots].tolist(), rows.reason[slots].tolist()
+        for row, (sequence, depth, reason) in enumerate(zip(sequences, depths, reasons, strict=True)):
+            out = Output(sequence.request.id, sequence.index, [int(sampled.ids[row])], [depth], [reason])
+            self._token(sequence, out, row, sampled, now)
             if sequence.request.policy.kind == "deadline" and not np.isnan(gaps[row]):
                 self.scheduler.pace(sequence, float(gaps[row]))
+            outputs.append(out)
+        self.scheduler.feed(sequence for sequence in sequences if sequence.finished is None)
         return outputs
 
     def _prefilled(self, chunk: Chunk, sampled: Sampled) -> list[Output]:
@@ -214,31 +217,25 @@ class Engine:
                 rows.units[other.slot], rows.reason[other.slot] = chunk.units[-1], chunk.reasons[-1]
         return []
 
-    def _token(self, sequence: Sequence, row: int, sampled: Sampled, now: float) -> Output:
-        """One new token of one sequence."""
-        request, rows, slot = sequence.request, self.scheduler.rows, sequence.slot
-        token, units = int(sampled.ids[row]), int(rows.units[slot])
+    def _token(self, sequence: Sequence, out: Output, row: int, sampled: Sampled, now: float) -> None:
+        """One new token of one sequence, and what comes with it."""
+        request, (token,) = sequence.request, out.ids
         sequence.tokens.append(token)
         sequence.counted += 1
-        sequence.units += units
-        out = Output(request.id, sequence.index, [token], [units], [int(rows.reason[slot])])
+        sequence.units += out.depths[0]
         if sampled.logprobs is not None and request.params.logprobs is not None:
             out.logprobs.append(float(sampled.logprobs[row]))
             out.top_logprobs.append(_alternatives(sampled, row, request.params.logprobs))
         if request.first_token is None:
             request.first_token = now
-        length = len(request.prompt) + len(sequence.tokens)
         if token in self._endings(request) and len(sequence.tokens) >= request.params.min_tokens:
             self._finish(sequence, FinishReason.STOP, out)
-        elif len(sequence.tokens) >= request.params.max_tokens or length >= self.max_tokens:
+        elif len(sequence.tokens) >= request.params.max_tokens or sequence.length >= self.max_tokens:
             self._finish(sequence, FinishReason.LENGTH, out)
         else:
             out.state = self.memory.due(sequence, always=self.draining)
             if self.draining:
                 self._finish(sequence, FinishReason.MOVED, out)
-            else:
-                rows.feed(slot, token, length - 1, self.scheduler.tick)
-        return out
 
     def _scored(self, chunk: Chunk, sampled: Sampled) -> Output:
         """Log-probabilities of a chunk of a prompt that is only scored."""

@@ -78,10 +78,9 @@ class Memory:
 
     def due(self, sequence: Sequence, *, always: bool = False) -> StateAfter | None:
         """A snapshot of a sequence whose last token has not been fed yet, if it is time for one."""
-        length = len(sequence.request.prompt) + len(sequence.tokens)
         # Of a state that grows all is written each time: it has to have doubled.
         wait = max(self.snapshot_tokens, sequence.snapshot_at if self._grows else 0)
-        if always or (self.snapshot_tokens and length - sequence.snapshot_at >= wait):
+        if always or (self.snapshot_tokens and sequence.length - sequence.snapshot_at >= wait):
             return self._snapshot(sequence)
         return None
 

@@ -8,6 +8,7 @@ from serving.engine.depth import ExitReason
 
 IDLE = -1
 MANY = 1 << 30
+FULL_DEPTH = int(ExitReason.FULL_DEPTH)
 
 Times = npt.NDArray[np.float64]
 
@@ -27,7 +28,7 @@ class Rows:
         self.since = column(0)  # the tick at which it was parked
         self.units = column(0)  # depth that the token has reached
         self.streak = column(0)  # passes in a row after which its prediction was the same as before
-        self.reason = column(ExitReason.FULL_DEPTH)  # why it went no deeper
+        self.reason = column(FULL_DEPTH)  # why it went no deeper
         # The sequence.
         self.path = column(0)
         self.seed = np.zeros(slots + 1, np.uint64)
@@ -44,18 +45,18 @@ class Rows:
         self.full = column(0)  # depth of its path
         self.pace = np.full(slots + 1, np.nan)  # seconds that its tokens take for each unit of depth
         self.shed = column(MANY)  # the governor may lower the ceiling down to here
-        self.early = column(ExitReason.FULL_DEPTH)  # reason when the signal lets it leave
+        self.early = column(FULL_DEPTH)  # reason when the signal lets it leave
         self.capped = column(ExitReason.FIXED_DEPTH)  # reason when the ceiling makes it leave
 
-    def feed(self, slot: int, token: int, position: int, tick: int) -> None:
-        """Send a token on its way."""
-        self.node[slot] = 0
-        self.token[slot] = token
-        self.position[slot] = position
-        self.since[slot] = tick
-        self.units[slot] = 0
-        self.streak[slot] = 0
-        self.reason[slot] = ExitReason.FULL_DEPTH
+    def feed(self, slots: Ints, tokens: Ints, positions: Ints, tick: int) -> None:
+        """Send tokens on their way."""
+        self.node[slots] = 0
+        self.token[slots] = tokens
+        self.position[slots] = positions
+        self.since[slots] = tick
+        self.units[slots] = 0
+        self.streak[slots] = 0
+        self.reason[slots] = FULL_DEPTH
 
     def park(self, slots: Ints, nodes: Ints, tick: int) -> None:
         self.node[slots] = nodes

@@ -1,7 +1,7 @@
 """What runs next: admission, prefill in bounded chunks, and the choice of a stage."""
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,13 +17,13 @@ from serving.engine.news import Load
 from serving.engine.params import MAX_PRIORITY
 from serving.engine.paths import PathTable
 from serving.engine.random import derive
-from serving.engine.rows import IDLE, MANY, Rows
+from serving.engine.rows import FULL_DEPTH, IDLE, MANY, Rows
 from serving.engine.slots import SlotPool, TokenBudget
 from serving.engine.waiting import WaitingQueue
 from serving.errors import InvalidArgumentError, OverloadedError
 
 COUNTING = SIGNALS.index("argmax")
-FULL_DEPTH, GOVERNED = int(ExitReason.FULL_DEPTH), int(ExitReason.GOVERNED)
+GOVERNED = int(ExitReason.GOVERNED)
 UNREPEATABLE = np.isin(np.arange(max(ExitReason) + 1), [GOVERNED, int(ExitReason.OUT_OF_TIME)])
 """By reason: whether another time the same policy may let the token go deeper."""
 
@@ -185,7 +185,7 @@ class Scheduler:
         if not len(parked.stages):
             return None
         self.tick += 1
-        stage = self.chooser.choose(parked.stages, parked.tokens, self.tick - parked.since)
+        stage = self.chooser.choose(parked.stages, parked.tokens, parked.since, self.tick)
         rows = parked.stages[: len(parked.slots)] == stage
         here, nodes = parked.slots[rows], parked.nodes[rows]
         chunks = [chunk for chunk in self._chunks if self._stage_of(chunk) == stage]
@@ -284,6 +284,12 @@ class Scheduler:
         chunk.sequence.prefilled += len(chunk.ids)
         if chunk.last:
             self._prefilling.remove(chunk.sequence)
+
+    def feed(self, sequences: Iterable[Sequence]) -> None:
+        """Send the newest token of each on its way."""
+        fed = np.array([(s.slot, s.tokens[-1], s.length - 1) for s in sequences], np.int64).reshape(-1, 3)
+        slots, tokens, positions = fed.T
+        self.rows.feed(slots, tokens, positions, self.tick)
 
     def pace(self, sequence: Sequence, seconds: float) -> None:
         """A sequence that is to be as deep as its deadline allows had its last token after so many seconds: set how

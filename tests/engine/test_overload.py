@@ -200,9 +200,11 @@ def test_what_was_shed_is_given_back() -> None:
     assert min(depths) == 1 and set(depths[-100:]) == {DEPTHS}
 
 
-@pytest.mark.parametrize(("timeout", "shallowest"), [(100.0, DEPTHS), (1.6, 1)], ids=["generous", "tight"])
+@pytest.mark.parametrize(
+    ("timeout", "shallowest"), [(100.0, DEPTHS), (3.2, 3), (1.6, 1)], ids=["generous", "half", "tight"]
+)
 def test_as_deep_as_the_deadline_allows(timeout: float, shallowest: int) -> None:
-    """40 tokens of 0.12 s at the full depth: with 1.6 s there is time for two passes each, at most."""
+    """40 tokens of 0.12 s at the full depth: with 1.6 s there is time for two passes each, at most. It is used."""
     runner = FakeRunner(PATH, cost=lambda stage, tokens: {0: 0.001, 1: 0.02, 2: 0.001}[stage])
     engine = make_engine(runner, 1)
     policy = DepthPolicy.deadline()
@@ -212,6 +214,7 @@ def test_as_deep_as_the_deadline_allows(timeout: float, shallowest: int) -> None
         for out in engine.step():
             made.extend(out)
     assert made.finish_reason is FinishReason.LENGTH and runner.clock.now <= timeout
+    assert runner.clock.now >= 0.8 * min(timeout, 40 * 0.12)
     assert min(made.depths) == shallowest
     late = {r for d, r in zip(made.depths, made.exit_reasons, strict=True) if d < DEPTHS}
     assert late == (set() if shallowest == DEPTHS else {ExitReason.OUT_OF_TIME})

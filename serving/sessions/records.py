@@ -5,6 +5,8 @@ import json
 import math
 import re
 import time
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -17,6 +19,10 @@ SESSION, SNAPSHOT = "session", "snapshot"
 
 GRACE_S = 120.0
 """After it has expired, in which a record is not taken away yet: somebody may be about to say that it is in use."""
+
+
+DELETED = -1.0
+"""The time to live that the last version of a deleted record has: whoever does not know of it sees it expired."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +49,30 @@ class Record:
     def expires(self) -> float:
         return max(self.used + self.ttl_s, self.busy_until)
 
+    @property
+    def gone(self) -> bool:
+        """Expired or deleted."""
+        return self.ttl_s == DELETED or self.expires < time.time()
+
+    @property
+    def life(self) -> str:
+        """Another record of its name begins to count versions anew."""
+        return f"{self.id}.{int(self.created * 1e6)}"
+
 
 class Records:
     """Records and states in a store, by owner: nobody's are ever looked for among another's.
 
     A record is rewritten by whoever is first to create the file of its next version, which holds all of it; the
     record's own file is put in place after that. A writer that stops in between has written: whoever reads finds the
-    newer version. The file of the present version stays, so that nobody who comes late can create it once more."""
+    newer version. The file of the present version stays, so that nobody who comes late can create it once more.
+
+    A deletion is a version too, the last one: it stays for GRACE_S, so that nobody who comes late
+    brings the record back."""
 
     def __init__(self, store: StateStore):
         self._store = store
+        self._deleted: deque[Record] = deque()  # whose last versions are still in the store
 
     def read(self, owner: str, kind: str, record_id: str) -> Record:
         """Raises NotFoundError for one that is unknown or expired, DataLossError for a damaged one."""
@@ -65,8 +85,8 @@ class Records:
             raise missing from None
         if record.owner != owner or record.id != record_id or record.kind != kind:
             raise missing
-        record = self._newest(record)
-        if record.expires < time.time():
+        record = self._newest(record, self._latest(owner))
+        if record.gone:
             self._forget(record)
             raise missing
         return record
@@ -98,13 +118,10 @@ class Records:
         """Write a record anew, as long as it is what it was; returns it. Raises AbortedError where it is not."""
         new = self._with_state(replace(old, version=old.version + 1, **changes), state)
         data = _written(new)
-        first = (
-            self._store.create(_version_path(new), data)
-            and max(self._versions(new), default=0) == new.version
-        )
-        if not first:
+        first = self._store.create(_version_path(new), data)
+        if not first or self._latest(new.owner)[new.life] > new.version:
             self._yield_to_others(new)
-            raise AbortedError(f"{old.kind}_id = {old.id!r}: another turn has come in between")
+            raise AbortedError(f"{old.kind}_id = {old.id!r}: another turn or a deletion has come in between")
         with suppress(UnavailableError):  # it is written; who reads will put it in its place
             self._store.put(_path(new.owner, new.kind, new.id), data)
         self._drop_versions(new, below=new.version)
@@ -122,7 +139,7 @@ class Records:
 
     def _yield_to_others(self, mine: Record) -> None:
         """Leave nothing behind of a version that came too late."""
-        if max(self._versions(mine), default=0) > mine.version:
+        if self._latest(mine.owner).get(mine.life, 0) > mine.version:
             self._drop_versions(mine, below=mine.version + 1)
         try:
             kept = self.read(mine.owner, mine.kind, mine.id).state
@@ -131,9 +148,9 @@ class Records:
         if kept != mine.state:
             self.drop_state(mine)
 
-    def _newest(self, record: Record) -> Record:
+    def _newest(self, record: Record, latest: dict[str, int]) -> Record:
         """The record in its newest version, put in its place where it was not there yet."""
-        version = max(self._versions(record), default=0)
+        version = latest.get(record.life, 0)
         if version <= record.version:
             return record
         try:
@@ -141,20 +158,29 @@ class Records:
             record = parsed(data, record.kind, record.id)
         except (KeyError, DataLossError):  # it is being removed, or was not written whole
             return record
-        with suppress(UnavailableError):
-            self._store.put(_path(record.owner, record.kind, record.id), data)
+        if not record.gone:
+            with suppress(UnavailableError):
+                self._store.put(_path(record.owner, record.kind, record.id), data)
         return record
 
-    def _versions(self, record: Record) -> list[int]:
-        """Of which there are files."""
-        start = _version_path(record).rpartition("/")[2].rpartition(".")[0] + "."
-        names = self._store.list(f"{_folder(record.owner)}/versions")
-        return [int(name.removeprefix(start)) for name in names if name.startswith(start)]
+    def _latest(self, owner: str) -> dict[str, int]:
+        """The newest version, by life, of an owner's records that have been rewritten."""
+        latest: dict[str, int] = {}
+        for life, version in self._versions(owner):
+            latest[life] = max(version, latest.get(life, 0))
+        return latest
+
+    def _versions(self, owner: str) -> Iterator[tuple[str, int]]:
+        """Of which there are files, and of which life each is."""
+        for name in self._store.list(f"{_folder(owner)}/versions"):
+            life, _, version = name.rpartition(".")
+            if version.isdecimal():
+                yield life, int(version)
 
     def _drop_versions(self, record: Record, below: float = math.inf) -> None:
         with suppress(UnavailableError):
-            for version in self._versions(record):
-                if version < below:
+            for life, version in self._versions(record.owner):
+                if life == record.life and version < below:
                     self._store.delete(_version_path(replace(record, version=version)))
 
     def state(self, record: Record) -> bytes:
@@ -169,10 +195,33 @@ class Records:
             raise DataLossError(f"the state of {record.kind} {record.id!r} is damaged")
         return data
 
-    def delete(self, record: Record) -> None:
-        self._store.delete(_path(record.owner, record.kind, record.id))
+    def delete(self, owner: str, kind: str, record_id: str) -> None:
+        """After this there is no such record, whatever turn is being committed at the same time. Raises NotFoundError
+        or DataLossError."""
+        self._bury()
+        tried = 0
+        while True:
+            record = self.read(owner, kind, record_id)
+            if record.version == tried:
+                raise DataLossError(f"{kind}_id = {record_id!r}: its next version is damaged")
+            tried = record.version
+            emptied = replace(record, tokens=[], state="", state_bytes=0)
+            with suppress(AbortedError):  # a turn was quicker
+                last = self.update(emptied, ttl_s=DELETED, used=time.time(), busy_until=0.0)
+                break
+        self._deleted.append(last)
         self.drop_state(record)
-        self._drop_versions(record)
+        with suppress(UnavailableError):  # it is deleted, whatever its file says
+            self._store.delete(_path(owner, kind, record_id))
+
+    def _bury(self) -> None:
+        """Remove the last versions of what was deleted some time ago."""
+        while self._deleted and self._deleted[0].expires + GRACE_S < time.time():
+            with suppress(IndexError, UnavailableError):
+                record = self._deleted.popleft()
+                with suppress(NotFoundError, DataLossError):
+                    self.read(record.owner, record.kind, record.id)  # forgets what a late writer has put back
+                self._drop_versions(record)
 
     def discard(self, owner: str, kind: str, record_id: str) -> None:
         """Remove what is left of a damaged record."""
@@ -192,7 +241,9 @@ class Records:
         """Remove what expired some time ago, from a store that can be written to."""
         if record.expires + GRACE_S < time.time():
             with suppress(UnavailableError):
-                self.delete(record)
+                self._store.delete(_path(record.owner, record.kind, record.id))
+                self.drop_state(record)
+                self._drop_versions(record)
 
     def count(self, owner: str) -> int:
         """Of an owner's records, those included that have expired and not been noticed yet."""
@@ -200,18 +251,19 @@ class Records:
 
     def all(self, owner: str) -> list[Record]:
         """All of an owner's records that are not expired; damaged ones are left out."""
-        found = []
+        kept, found = [], []
         for kind in (SESSION, SNAPSHOT):
             for name in self._store.list(f"{_folder(owner)}/{kind}s"):
-                try:
+                with suppress(KeyError, DataLossError):
                     data = self._store.get(f"{_folder(owner)}/{kind}s/{name}")
-                    record = parsed(data, kind, name.removesuffix(".json"))
-                except (KeyError, DataLossError):
-                    continue
-                if record.expires < time.time():
-                    self._forget(record)
-                else:
-                    found.append(record)
+                    kept.append(parsed(data, kind, name.removesuffix(".json")))
+        latest = self._latest(owner)
+        for record in kept:
+            newest = self._newest(record, latest)
+            if newest.gone:
+                self._forget(newest)
+            else:
+                found.append(newest)
         return found
 
 
@@ -232,8 +284,7 @@ def _path(owner: str, kind: str, record_id: str) -> str:
 
 
 def _version_path(record: Record) -> str:
-    """Of one life of a session: another one of its name begins to count anew."""
-    return f"{_folder(record.owner)}/versions/{record.id}.{int(record.created * 1e6)}.{record.version}"
+    return f"{_folder(record.owner)}/versions/{record.life}.{record.version}"
 
 
 def _state_path(record: Record) -> str:

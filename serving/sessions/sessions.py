@@ -128,11 +128,9 @@ class Sessions:
         """Raises NotFoundError, or FailedPreconditionError for a session in use."""
         with self._alone(owner, record_id):
             try:
-                record = await self._run(self._records.read, owner, kind, record_id)
+                await self._run(self._records.delete, owner, kind, record_id)
             except DataLossError:
                 await self._run(self._records.discard, owner, kind, record_id)
-            else:
-                await self._run(self._records.delete, record)
 
     @asynccontextmanager
     async def turn(

@@ -63,9 +63,11 @@ class Sweeper:
         return record
 
     def _leads_nowhere(self, folder: str, records: dict[str, Record | None]) -> Iterator[str]:
-        """States and versions that no record names."""
+        """States and versions that no record names; a deletion's is one, once the record's file is gone."""
+        lives = {record.life for record in records.values() if record is not None}
+        damaged = {record_id for record_id, record in records.items() if record is None}
         for name in self._store.list(f"{folder}/versions"):
-            if name.partition(".")[0] not in records:
+            if name.rpartition(".")[0] not in lives and name.partition(".")[0] not in damaged:
                 yield f"versions/{name}"
         for name in self._store.list(f"{folder}/states"):
             record_id, _, digest = name.removesuffix(".safetensors").partition(".")

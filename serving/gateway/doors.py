@@ -54,6 +54,7 @@ class GrpcDoor:
                 ("grpc.max_allowed_incoming_connections", most_connections()),
             ]
         )
+        self._server.add_generic_rpc_handlers((_Doorman(rpc),))  # asked before the services are
         add_services(_Servicer(rpc, spec.reader_patience_s), self._server)
         names = [service.full_name for service in services()]
         reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], self._server)
@@ -67,6 +68,25 @@ class GrpcDoor:
     async def close(self, grace_s: float) -> None:
         """Takes no new calls; those under way may end within the grace."""
         await self._server.stop(grace_s)
+
+
+class _Doorman(grpc.GenericRpcHandler):
+    """Turns away those for whom there is no room, without reading what they have sent."""
+
+    def __init__(self, rpc: Rpc):
+        self._rpc = rpc
+
+    def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        error = self._rpc.full(call.method, call.invocation_metadata)
+        if error is None:
+            return None
+
+        async def refuse(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
+            context.set_details(str(error))
+
+        # Whatever kind of RPC it is: only of a stream is no message read unless somebody asks for it.
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 class _Servicer:

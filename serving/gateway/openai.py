@@ -67,15 +67,16 @@ class OpenAi:
         self._metrics = metrics
         self._created = int(time.time())
         self.routes = [
-            self._route("POST", "/v1/completions", self._completions),
-            self._route("POST", "/v1/chat/completions", self._chat),
-            self._route("POST", "/v1/embeddings", self._embeddings),
+            self._route("POST", "/v1/completions", self._completions, "generate"),
+            self._route("POST", "/v1/chat/completions", self._chat, "generate"),
+            self._route("POST", "/v1/embeddings", self._embeddings, "embed"),
             self._route("GET", "/v1/models", self._models),
             self._route("GET", "/v1/models/{model}", self._model),
         ]
 
-    def _route(self, verb: str, path: str, handler: Handler) -> Route:
-        """Every failure is answered in OpenAI's form; every request is counted once, a stream when it ends."""
+    def _route(self, verb: str, path: str, handler: Handler, work: str = "") -> Route:
+        """Every failure is answered in OpenAI's form; every request is counted once, a stream when it ends. `work`:
+        what listeners call it; refused before its body has been read where there is no room."""
         name = path.removeprefix("/v1/")
 
         async def endpoint(request: Request) -> Response:
@@ -85,6 +86,9 @@ class OpenAi:
             try:
                 traceparent = request.headers.get("traceparent", "")
                 headers = Headers(request_id, traceparent, credential_of(request.headers))
+                full = work and self._requests.full(work, headers.credential, request_id, traceparent)
+                if full:
+                    raise full
                 response = await handler(request, headers)
                 outcome = "" if isinstance(response, Events) else "OK"
             except ClientGoneError:

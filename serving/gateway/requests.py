@@ -24,6 +24,7 @@ from serving.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     OverloadedError,
+    RequestError,
 )
 from serving.gateway.fleet import Fleet
 from serving.gateway.journey import Journey
@@ -191,6 +192,28 @@ class Requests:
                 raise self._over(ask)
         return prepared.prompt, whole
 
+    def full(
+        self, method: str, credential: str, request_id: str = "", traceparent: str = ""
+    ) -> OverloadedError | None:
+        """What anybody with this credential is told, whatever they ask: there is no room. A door that asks before it
+        has read anything turns them away at a fraction of what reading costs. None where it depends on the request,
+        which has all of this checked once more."""
+        model = ""
+        try:
+            self._check_room()
+            caller = self.keys.authenticate(credential)
+            models = self.fleet.models
+            if len(models) == 1 and caller.may_use(models[0]):
+                model = models[0]
+                self._check_queue(caller, model)
+        except OverloadedError as error:
+            for listener in self._listeners:
+                listener(Record(method, request_id, model, traceparent=traceparent, error=error))
+            return error
+        except RequestError:
+            return None
+        return None
+
     @contextmanager
     def _recorded(self, method: str, ask: Ask) -> Iterator[Record]:
         """Tells the listeners what became of the request inside."""
@@ -211,11 +234,14 @@ class Requests:
         model = self.fleet.resolve(ask.model)
         caller.check(model)
         caller.check_priority(ask.priority)
-        if self._open_of[caller.name] * len(self._open_of) >= self._open:
-            # Who has less than the others may take a place of theirs.
-            self.fleet.check_room(model, caller.name, self._open_of[caller.name])
+        self._check_queue(caller, model)
         await self.fleet.returned(model)
         return caller
+
+    def _check_queue(self, caller: Caller, model: str) -> None:
+        """Raises OverloadedError. Who has less than the others may take a place of theirs."""
+        if self._open_of[caller.name] * len(self._open_of) >= self._open:
+            self.fleet.check_room(model, caller.name, self._open_of[caller.name])
 
     def _check_room(self) -> None:
         """Raises OverloadedError."""

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import grpc
 from google.protobuf.message import Message
@@ -30,20 +30,22 @@ log = logging.getLogger("fathom.gateway")
 
 MAX_DETAILS = 2000  # bytes of a status' text
 
+WORK = {  # RPCs that nothing is done for without room in a queue, and what listeners call them
+    "/fathom.v1.Inference/Generate": "generate",
+    "/fathom.v1.Inference/Score": "score",
+    "/inference.GRPCInferenceService/ModelInfer": "generate",
+}
+
+
+Pairs = Sequence[tuple[str, str | bytes]]
+
 
 class Context(Protocol):
     """The part of a gRPC context that Ray Serve gives to a deployment."""
 
     def set_code(self, code: grpc.StatusCode) -> None: ...
     def set_details(self, details: str) -> None: ...
-    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]: ...
-
-
-@runtime_checkable
-class Timed(Protocol):
-    """A context that knows how long its client will wait. Ray Serve's does not."""
-
-    def time_remaining(self) -> float | None: ...
+    def invocation_metadata(self) -> Pairs: ...
 
 
 class StreamEndedError(Exception):
@@ -75,6 +77,16 @@ class Rpc:
         self._exchanges = oip.exchanges
         self._most = spec.max_streams
         self._held: Counter[str] = Counter()  # streams that carry no request yet, or never, by method
+
+    def full(self, path: str, metadata: Pairs) -> OverloadedError | None:
+        """Why an RPC, by its full name, is refused before its message has been read; None where it is to be read."""
+        if path not in WORK:
+            return None
+        told = _texts(metadata)
+        error = self._requests.full(WORK[path], credential_of(told), traceparent=told.get("traceparent", ""))
+        if error is not None:
+            self._metrics.ended(path.rpartition("/")[2], grpc.StatusCode.RESOURCE_EXHAUSTED.name)
+        return error
 
     async def unary(self, call: Call, context: Context) -> Message:
         """Answer an RPC with one response. After an error the message is empty, and the context has the status."""
@@ -227,11 +239,17 @@ def _bounded(details: str) -> str:
     return details if len(data) <= MAX_DETAILS else data[: MAX_DETAILS - 3].decode("utf-8", "ignore") + "..."
 
 
+def _texts(metadata: Pairs | None) -> dict[str, str]:
+    """The text that came with a call, by its key; of a key given twice, the last."""
+    return {key: value for key, value in metadata or () if isinstance(value, str)}
+
+
 def _metadata(context: Context) -> dict[str, str]:
-    """The text that came with a call, by its key (of a key given twice, the last), and its deadline."""
-    found = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    """The text that came with a call, and its deadline."""
+    found = _texts(context.invocation_metadata())
     found.pop(convert.DEADLINE, None)
-    left = context.time_remaining() if isinstance(context, Timed) else None
+    remaining = getattr(context, "time_remaining", None)  # Ray Serve's context does not know
+    left = None if remaining is None else remaining()
     if left is not None:
         found[convert.DEADLINE] = repr(time.monotonic() + left)
     return found

@@ -22,7 +22,9 @@ from serving.gateway import keys as module
 from serving.gateway.fleet import Fleet
 from serving.gateway.http import make_app
 from serving.gateway.keys import Keys, credential_of, digest, new_secret
+from serving.gateway.replicas import Replica
 from serving.gateway.requests import Ask, Requests
+from serving.gateway.rpc import WORK
 from serving.logs import JsonLines, log_request
 from tests import tiny
 from tests.gateway.harness import Context, House, call, house
@@ -215,6 +217,50 @@ async def test_a_crowd_through_another_gateway_does_not_shut_the_door(tmp_path: 
         told = await asyncio.gather(*anns, *bobs, return_exceptions=True)
         assert sum(isinstance(one, OverloadedError) for one in told) == 4
         await fleet.close()
+
+
+async def test_a_full_queue_is_told_at_the_door_and_to_nobody_who_may_have_a_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything has been read: what Ann sends there is nonsense. Strangers are told that they are strangers."""
+    file = write(tmp_path / "keys.yaml", *({"name": n, "sha256": digest(n)} for n in ("ann", "bob")))
+    spec = GatewaySpec(keys_file=str(file))
+    async with (
+        house(tiny.checkpoint(tmp_path / "one"), gateway=spec) as h,
+        grpc_port(h.rpc) as address,
+        grpc.aio.insecure_channel(address) as channel,
+        http_port(make_app(h.requests, h.fleet, spec, h.metrics)) as url,
+        httpx.AsyncClient(base_url=url, timeout=60) as client,
+    ):
+        monkeypatch.setattr(Replica, "room", 0)
+        monkeypatch.setattr(Replica, "yields", lambda self, owner, running: owner == "bob")
+        told: list[bool] = []
+        monkeypatch.setattr(Replica, "refuse", lambda self: told.append(True))
+
+        async def code(path: str, key: str, body: bytes) -> grpc.StatusCode:
+            answers = channel.unary_stream(path)(body, metadata=(("authorization", f"Bearer {key}"),))
+            with suppress(grpc.aio.AioRpcError):
+                async for _ in answers:
+                    pass
+            return await answers.code()  # type: ignore[no-any-return]
+
+        async def status(path: str, key: str, body: str) -> int:
+            headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+            return (await client.post(path, content=body, headers=headers)).status_code
+
+        for number, path in enumerate(WORK, 1):
+            assert await code(path, "ann", b"\xff") is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert await code(path, "bob", b"\xff") is grpc.StatusCode.INVALID_ARGUMENT
+            assert len(told) == number
+        for path in ("/v1/completions", "/v1/chat/completions", "/v1/embeddings"):
+            assert (await status(path, "ann", "{"), await status(path, "bob", "{")) == (429, 400)
+        sound = pb.GenerateRequest(text="def f", sampling=pb.SamplingParams(max_tokens=2))
+        generate = f"/{GENERATE}"
+        assert await code(generate, "bob", sound.SerializeToString()) is grpc.StatusCode.OK
+        assert await code(generate, "eve", sound.SerializeToString()) is grpc.StatusCode.UNAUTHENTICATED
+        assert await status("/v1/completions", "eve", '{"prompt": "a"}') == 401
+        assert await code("/fathom.v1.Models/List", "ann", b"") is grpc.StatusCode.OK
+        await h.idle()
 
 
 def test_a_key_comes_as_a_bearer_or_as_a_header_of_its_own() -> None:

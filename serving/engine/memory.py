@@ -22,6 +22,7 @@ class Restored:
 
     saved: Saved
     tokens: int  # that it covers
+    policy: str  # of depth, under which it was made; "" where that is not known
     key: str  # whose state it may stand for
 
 
@@ -47,8 +48,11 @@ class Memory:
         most = len(ids) - 1  # the last one has to run: what comes next is sampled from it
         match = self.cache.match(self._key(sequence), ids, most)
         request.miss, known = match.miss, match.tokens
-        if request.restored is not None and request.restored.tokens > known:
-            restored: Restored = request.restored
+        restored: Restored | None = request.restored
+        if restored is not None and restored.policy != repr(request.policy):
+            restored = None  # of a turn under another policy: no part of this one's state, nor of its shape
+            request.miss = request.miss and Miss.POLICY
+        if restored is not None and restored.tokens > known:
             self._runner.load(sequence, [restored.saved])
             request.miss, known = Miss.NONE if restored.tokens == most else Miss.UNSEEN, restored.tokens
             sequence.tainted = restored.key != repr(self._key(sequence))
@@ -90,14 +94,13 @@ class Memory:
         count = int(about["tokens"])
         if count >= len(request.given) or about["digest"] != _digest(request.given[:count]):
             raise FailedPreconditionError("snapshot: it is not of the tokens that the request begins with")
-        return Restored(saved, count, str(about["key"]))
+        return Restored(saved, count, str(about.get("policy", "")), str(about["key"]))
 
     def _snapshot(self, sequence: Sequence) -> StateAfter:
         ids = sequence.request.prompt + sequence.tokens[:-1]
         sequence.snapshot_at = len(ids) + 1
-        about = {"tokens": len(ids), "digest": _digest(ids), "key": repr(self._key(sequence))}
-        if sequence.tainted:
-            about["key"] = ""
+        about = {"tokens": len(ids), "digest": _digest(ids), "policy": repr(sequence.request.policy)}
+        about["key"] = "" if sequence.tainted else repr(self._key(sequence))
         return StateAfter(len(sequence.tokens), self._runner.export(sequence, about))
 
     def _keep(self, sequence: Sequence, ids: list[int]) -> None:

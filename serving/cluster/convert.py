@@ -91,8 +91,6 @@ def tokens_from(out: Output) -> wire.Tokens:
 
 
 def output_from(tokens: wire.Tokens) -> Output:
-    width = len(tokens.top_ids) // len(tokens.ids) if tokens.ids else 0
-    pairs = list(zip(tokens.top_ids, tokens.top_logprobs, strict=True))
     return Output(
         request_id=tokens.request_id,
         index=tokens.index,
@@ -100,12 +98,19 @@ def output_from(tokens: wire.Tokens) -> Output:
         depths=list(tokens.depths),
         exit_reasons=list(tokens.exit_reasons),
         logprobs=list(tokens.logprobs),
-        top_logprobs=[dict(pairs[at : at + width]) for at in range(0, len(pairs), width)] if width else [],
+        top_logprobs=_alternatives(tokens) if tokens.top_ids else [],
         embedding=list(tokens.embedding),
         state=StateAfter(tokens.state_tokens, tokens.state) if tokens.state else None,
         finish_reason=FinishReason(tokens.finish_reason) if tokens.finish_reason else None,
         usage=Usage(**json.loads(tokens.usage)) if tokens.usage else None,
     )
+
+
+def _alternatives(tokens: wire.Tokens) -> list[dict[int, float]]:
+    """Of each id, the same number."""
+    width = len(tokens.top_ids) // len(tokens.ids)
+    pairs = list(zip(tokens.top_ids, tokens.top_logprobs, strict=True))
+    return [dict(pairs[at : at + width]) for at in range(0, len(pairs), width)]
 
 
 def failure(failed: Failed) -> wire.Failure:

@@ -1,6 +1,7 @@
 """What an engine says: news of its sequences, and how busy it is."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -25,12 +26,19 @@ class Usage:
     flops_saved: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StateAfter:
     """A snapshot of one sequence."""
 
     tokens: int  # of its continuation; the state is that after all but the last of them, which has not been fed yet
-    data: bytes  # see models/snapshots.py
+    written: bytes | Callable[[], bytes]
+
+    @property
+    def data(self) -> bytes:
+        """See models/snapshots.py. Written by the thread that asks for it: the engine's has other work."""
+        if not isinstance(self.written, bytes):
+            self.written = self.written()
+        return self.written
 
 
 @dataclass(slots=True)
@@ -50,10 +58,10 @@ class Output:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
 
-    def part(self, start: int = 0, stop: int | None = None) -> "Output":
-        """The same news with only some of its tokens."""
-        lists = ("ids", "depths", "exit_reasons", "logprobs", "top_logprobs")
-        return replace(self, **{name: getattr(self, name)[start:stop] for name in lists})
+    def cut(self, start: int = 0, stop: int | None = None) -> None:
+        """Keep only these of its tokens."""
+        for name in ("ids", "depths", "exit_reasons", "logprobs", "top_logprobs"):
+            setattr(self, name, getattr(self, name)[start:stop])
 
     def extend(self, later: "Output") -> None:
         """Take in the next news of the same sequence."""

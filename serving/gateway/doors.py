@@ -7,6 +7,7 @@ one that has died.
 import asyncio
 import resource
 import socket
+import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
@@ -114,53 +115,58 @@ class _Servicer:
         self, answers: AsyncGenerator[Message], context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
         """Answers, until the client has not taken one for too long."""
+        task = asyncio.current_task()
+        assert task is not None
         try:
             async with aclosing(answers):
                 async for answer in answers:
-                    with self._patience:
-                        await context.write(answer.SerializeToString())
+                    self._patience.begins(task)
+                    await context.write(answer.SerializeToString())
+                    self._patience.ends(task)
         except StreamEndedError:
             pass  # the context has the status
         except asyncio.CancelledError:
-            if not self._patience.lost(asyncio.current_task()):
+            if not self._patience.lost(task):
                 raise
             context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
             context.set_details(f"the client has not read for reader_patience_s = {self._patience.seconds:g}")
+        finally:
+            self._patience.ends(task)
 
 
 class _Patience:
-    """Cancels tasks that stay inside for too long. One look at all of them from time to time: a timer for each message
+    """Cancels tasks whose writing takes too long. One look at all of them from time to time: a timer for each message
     would cost as much as the message."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
-        self._since: dict[asyncio.Task[Any] | None, float] = {}
-        self._lost: set[asyncio.Task[Any] | None] = set()
+        self._since: dict[asyncio.Task[Any], float] = {}
+        self._lost: set[asyncio.Task[Any]] = set()
         self._look: asyncio.TimerHandle | None = None
 
-    def __enter__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._since[asyncio.current_task()] = loop.time()
+    def begins(self, task: asyncio.Task[Any]) -> None:
+        self._since[task] = time.monotonic()
         if self._look is None:
-            self._look = loop.call_later(self.seconds / 4, self._cancel, loop)
+            self._look = asyncio.get_running_loop().call_later(self.seconds / 4, self._cancel)
 
-    def __exit__(self, *_: object) -> None:
-        del self._since[asyncio.current_task()]
+    def ends(self, task: asyncio.Task[Any]) -> None:
+        self._since.pop(task, None)
 
-    def lost(self, task: asyncio.Task[Any] | None) -> bool:
+    def lost(self, task: asyncio.Task[Any]) -> bool:
         """Whether it was lost with this task, whose cancellation is over then."""
-        if task is None or task not in self._lost:
+        if task not in self._lost:
             return False
         self._lost.discard(task)
         return task.uncancel() == 0
 
-    def _cancel(self, loop: asyncio.AbstractEventLoop) -> None:
-        late = [task for task, since in self._since.items() if since < loop.time() - self.seconds]
+    def _cancel(self) -> None:
+        late = [task for task, since in self._since.items() if since < time.monotonic() - self.seconds]
         for task in late:
-            if task is not None and task not in self._lost:
+            if task not in self._lost:
                 self._lost.add(task)
                 task.cancel()
-        self._look = loop.call_later(self.seconds / 4, self._cancel, loop) if self._since else None
+        loop = asyncio.get_running_loop()
+        self._look = loop.call_later(self.seconds / 4, self._cancel) if self._since else None
 
 
 class HttpDoor:

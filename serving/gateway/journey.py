@@ -72,6 +72,7 @@ class Journey:
         self._resumes = resumes
         self._patience_s = patience_s
         self._some = asyncio.Event()
+        self._overdue = False
         self._heard = [_Heard(list(request.resumed)) for _ in range(request.params.n)]
         self._usages: list[Usage] = []
         self._legs: list[_Leg] = []
@@ -90,25 +91,27 @@ class Journey:
 
     async def news(self) -> AsyncGenerator[Output]:
         """All news as they come, each token once; the usage with the last. Raises RequestError."""
-        while self._legs:
-            try:
-                async with asyncio.timeout_at(self._deadline + OVERDUE_S):
-                    await self._some.wait()
-            except TimeoutError:
-                raise DeadlineExceededError("the time is over, and the replica says nothing") from None
-            self._some.clear()
-            for leg in list(self._legs):
-                outputs, error = leg.mailbox.take()
-                for out in outputs:
-                    told = self._tell(leg, out)
-                    if told is not None:
-                        yield told
-                if error is not None and not leg.over:
-                    self._lost(leg, error)
-                if leg.over:
-                    self._drop(leg)
-                if leg.moved:
-                    await self._move(leg)
+        # One timer for all that it waits for: one for each message would cost as much as the rest of this.
+        timer = asyncio.get_running_loop().call_at(self._deadline + OVERDUE_S, self._give_up)
+        try:
+            while self._legs:
+                await self._some.wait()
+                self._some.clear()
+                for leg in list(self._legs):
+                    outputs, error = leg.mailbox.take()
+                    for out in outputs:
+                        if self._tell(leg, out):
+                            yield out
+                    if error is not None and not leg.over:
+                        self._lost(leg, error)
+                    if leg.over:
+                        self._drop(leg)
+                    if leg.moved:
+                        await self._move(leg)
+                if self._overdue and self._legs:
+                    raise DeadlineExceededError("the time is over, and the replica says nothing")
+        finally:
+            timer.cancel()
         if self.usage is None:  # what was left on a lost replica had been cancelled
             self.usage = self._whole()
             yield Output(self.request.id, 0, usage=self.usage)
@@ -126,25 +129,32 @@ class Journey:
             leg.replica.cancel(leg.request.id)
             self._drop(leg)
 
-    def _tell(self, leg: _Leg, out: Output) -> Output | None:
-        """What the client is to hear of a replica's news."""
-        heard = self._heard[leg.indices[out.index]]
+    def _give_up(self) -> None:
+        self._overdue = True
+        self._some.set()
+
+    def _tell(self, leg: _Leg, out: Output) -> bool:
+        """Make of a replica's news what the client is to hear of them; whether that is anything."""
+        out.request_id, out.index = self.request.id, leg.indices[out.index]
+        heard = self._heard[out.index]
         if leg.repeated:
-            out, leg.repeated = out.part(leg.repeated), max(0, leg.repeated - len(out.ids))
+            again = min(leg.repeated, len(out.ids))
+            out.cut(again)
+            leg.repeated -= again
         heard.ids += out.ids
         heard.units += sum(out.depths)
         heard.state = out.state or heard.state
         if out.finish_reason is FinishReason.MOVED:
-            leg.moved.append(leg.indices[out.index])
-            out = replace(out, finish_reason=None)
+            leg.moved.append(out.index)
+            out.finish_reason = None
         elif out.finish_reason is not None:
             self.finish_reason = heard.finish_reason = out.finish_reason
         if out.usage is not None:
             leg.over = True
             self._usages.append(out.usage)
             self.usage = self._whole() if all(h.over for h in self._heard) else None
-        out = replace(out, request_id=self.request.id, index=leg.indices[out.index], usage=self.usage)
-        return out if out.ids or out.embedding or out.finish_reason or out.usage else None
+        out.usage = self.usage
+        return bool(out.ids or out.embedding or out.finish_reason or out.usage)
 
     def _lost(self, leg: _Leg, error: Exception) -> None:
         """A leg has failed. Raises the error, unless others may do what it has left over."""

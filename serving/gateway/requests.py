@@ -127,45 +127,23 @@ class Requests:
                 prepared, tokenizer, eos = await self._prepare(ask, record, caller.name, turn)
                 with caller.stream(len(prepared.prompt) - len(turn.record.tokens if turn else ())):
                     texts = _texts(ask, tokenizer, eos)
+                    given = 0  # tokens; the engine may have been a few ahead of a stop string
                     async with self._journey(prepared, ask, record) as journey:
-                        async for piece in self._pieces(prepared, texts, journey):
+                        async for out in journey.news():
+                            usage, out.usage = out.usage, None
+                            piece = _piece(texts[out.index], journey, out)
+                            if piece is None and usage is None:
+                                continue
+                            piece = piece or Piece(prepared.id, out.index, "", Output(prepared.id, out.index))
+                            given += len(piece.news.ids)
                             caller.spend(len(piece.news.ids))
-                            if piece.news.usage is not None and turn is not None:
-                                await _commit(turn, prepared, texts[0], journey)
+                            if usage is not None:
+                                piece.news.usage = replace(usage, completion_tokens=given)
+                                if turn is not None:
+                                    await _commit(turn, prepared, texts[0], journey)
                             yield piece
-                            if (
-                                journey.finish_reason is FinishReason.DEADLINE
-                                and piece.news.usage is not None
-                            ):
+                            if journey.finish_reason is FinishReason.DEADLINE and usage is not None:
                                 raise self._over(ask)
-
-    async def _pieces(
-        self, request: Request, texts: list[TextStream], journey: Journey
-    ) -> AsyncGenerator[Piece]:
-        gathered = _Usage()
-        async for out in journey.news():
-            piece = self._piece(texts[out.index], journey, out)
-            usage = gathered.add(out, 0 if piece is None else len(piece.news.ids))
-            if piece is None and usage is not None:
-                piece = Piece(request.id, out.index, "", Output(request.id, out.index))
-            if piece is not None:
-                piece.news.usage = usage
-                yield piece
-
-    def _piece(self, text: TextStream, journey: Journey, out: Output) -> Piece | None:
-        """What a client is told of some news; nothing after a stop string."""
-        already = text.stopped
-        if already:
-            return None
-        parts, rest = text.feed(out.ids, last=out.finish_reason is not None)
-        said = "".join(parts) + rest
-        news = replace(out.part(0, len(parts)), usage=None)
-        piece = Piece(out.request_id, out.index, said, news, [len(part) for part in parts])
-        if text.stopped:
-            piece.news.finish_reason = FinishReason.STOP
-            if out.finish_reason is None:
-                journey.cancel(out.index)
-        return piece
 
     async def score(self, ask: Ask) -> tuple[list[int], Output]:
         """The prompt's token ids, and the log-probability of each after the first. Raises RequestError."""
@@ -360,6 +338,21 @@ async def _encoded(ask: Ask, model: str, tokenizer: Tokenizer | None, *, begins:
     return list((await asyncio.to_thread(encode) if len(ask.prompt) > LONG_TEXT else encode()).ids)
 
 
+def _piece(text: TextStream, journey: Journey, out: Output) -> Piece | None:
+    """What a client is told of some news; nothing after a stop string."""
+    already = text.stopped
+    if already:
+        return None
+    parts, rest = text.feed(out.ids, last=out.finish_reason is not None)
+    if len(parts) < len(out.ids):
+        out.cut(0, len(parts))
+    if text.stopped:
+        if out.finish_reason is None:
+            journey.cancel(out.index)
+        out.finish_reason = FinishReason.STOP
+    return Piece(out.request_id, out.index, "".join(parts) + rest, out, [len(part) for part in parts])
+
+
 def _check_ids(name: str, ids: list[int], vocab_size: int) -> None:
     """Raises InvalidArgumentError."""
     for wrong in (min(ids, default=0), max(ids, default=0)):
@@ -413,15 +406,3 @@ def _check_resumed(ask: Ask, vocab_size: int) -> None:
         limit = f"must be fewer than max_tokens = {ask.params.max_tokens}"
         raise InvalidArgumentError("resumed_token_ids", f"{len(ask.resumed)} tokens", limit)
     _check_ids("resumed_token_ids", ask.resumed, vocab_size)
-
-
-class _Usage:
-    """The usage of a request, counting the tokens that the client was given: the engine may have been a few ahead of
-    a stop string."""
-
-    def __init__(self) -> None:
-        self._tokens = 0
-
-    def add(self, out: Output, used: int) -> Usage | None:
-        self._tokens += used
-        return None if out.usage is None else replace(out.usage, completion_tokens=self._tokens)

@@ -139,6 +139,14 @@ class Snapshot:
     def nbytes(self) -> int:
         return int(self.row.nbytes + sum(e.nbytes for e in self.entries.values()))
 
+    def cpu(self) -> "Snapshot":
+        """The same in this machine's memory."""
+        if self.row.is_cpu:
+            return self
+        return Snapshot(
+            self.row.cpu(), {key: e.cpu() for key, e in self.entries.items()}, self.first, self.counts
+        )
+
 
 class Slabs:
     """Rows of snapshots, of which each returns when its snapshot is dropped. Allocated one by one, between whatever

@@ -9,6 +9,7 @@ app = typer.Typer(no_args_is_help=True, help=__doc__)
 Model = Annotated[str, typer.Option(help="checkpoint folder, zoo/NAME or Hub id")]
 Dtype = Annotated[str, typer.Option()]
 Threads = Annotated[int | None, typer.Option(help="processor threads; all where not given")]
+ProcessorTime = Annotated[bool, typer.Option(help="of one thread, for a machine that is busy")]
 
 
 @app.command()
@@ -45,7 +46,7 @@ def peers(
     tokens: Annotated[int, typer.Option(min=4, help="of each sequence")] = 32,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     threads: Threads = None,
-    processor_time: Annotated[bool, typer.Option(help="of one thread, for a machine that is busy")] = False,
+    processor_time: ProcessorTime = False,
 ) -> None:
     """Against transformers' generate, on a checkpoint of Mamba-130M's shape with random weights."""
     from serving.bench import peers as bench
@@ -58,14 +59,17 @@ def snapshots(
     model: Model = "zoo/gla",
     batch: Annotated[int, typer.Option(min=1)] = 32,
     tokens: Annotated[int, typer.Option(min=1, help="of each sequence")] = 512,
-    every: Annotated[int, typer.Option(min=1, help="tokens between two snapshots")] = 256,
+    every: Annotated[
+        int | None, typer.Option(min=1, help="tokens between two snapshots; as served by default")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     threads: Threads = None,
+    processor_time: ProcessorTime = False,
 ) -> None:
     """What the snapshots cost from which a stream goes on after the loss of its replica."""
     from serving.bench import snapshots as bench
 
-    bench.run(model, batch, tokens, every, rounds, threads)
+    bench.run(model, batch, tokens, every, rounds, threads, processor_time=processor_time)
 
 
 @app.command()
@@ -110,7 +114,7 @@ def depth(
     dtype: Dtype = "auto",
     threads: Threads = None,
     batch_invariant: Annotated[bool, typer.Option(help="as served by default")] = True,
-    processor_time: Annotated[bool, typer.Option(help="of one thread, for a machine that is busy")] = False,
+    processor_time: ProcessorTime = False,
 ) -> None:
     """Early exits in lock-step batches and continuously, against the full depth and the ideal."""
     from serving.bench import depth as bench

@@ -1,5 +1,6 @@
 """What the engine asks of whatever runs its ticks: the seam between scheduling and tensors."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any, Protocol
 
@@ -39,8 +40,9 @@ class Runner(Protocol):
     def load(self, sequence: Sequence, chain: Seq[Saved]) -> None:
         """Give a sequence in service a state that was saved, with those that it was saved on top of before it."""
 
-    def export(self, sequence: Sequence, about: dict[str, Any]) -> bytes:
-        """A snapshot of a sequence's state, between two of its tokens, with JSON values that `parse` gives back."""
+    def export(self, sequence: Sequence, about: dict[str, Any]) -> Callable[[], bytes]:
+        """A snapshot of a sequence's state, between two of its tokens, with JSON values that `parse` gives back. Its
+        bytes are written when they are asked for, by any thread."""
 
     def parse(self, snapshot: bytes) -> tuple[Saved, dict[str, Any]]:
         """What was exported. Raises DataLossError, or FailedPreconditionError where it is of another model."""

@@ -142,7 +142,7 @@ def _snapshot_tokens(spec: ModelSpec, loaded: LoadedModel) -> int:
     """Replaying what came after a snapshot keeps a stream waiting, and taking one keeps all of them."""
     if spec.snapshot_tokens is not None:
         return spec.snapshot_tokens
-    return min(max(loaded.model.layout().bytes_per_slot // SNAPSHOT_BYTES, 32), 256)
+    return min(max(loaded.model.layout().bytes_per_slot // SNAPSHOT_BYTES, 64), 256)
 
 
 def _slots(spec: ModelSpec, loaded: LoadedModel) -> int:

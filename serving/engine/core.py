@@ -69,6 +69,7 @@ class Sequence:
     units: int = 0  # the depth of all of them together
     marks: list[int] = field(default_factory=list)  # lengths of its beginning after which to keep the state
     snapshot_at: int = 0  # tokens of prompt and continuation at its newest snapshot
+    digested: Any = None  # (so many of them, their running digest) for that
     tainted: bool = False  # its depths were not those of its policy alone: nobody else may have its state
     embedding: Any = 0.0  # [hidden_size] float64, of the prompt so far
     finished: FinishReason | None = None

@@ -97,10 +97,11 @@ class Memory:
         return Restored(saved, count, str(about.get("policy", "")), str(about["key"]))
 
     def _snapshot(self, sequence: Sequence) -> StateAfter:
-        ids = sequence.request.prompt + sequence.tokens[:-1]
-        sequence.snapshot_at = len(ids) + 1
-        about = {"tokens": len(ids), "digest": _digest(ids), "policy": repr(sequence.request.policy)}
-        about["key"] = "" if sequence.tainted else repr(self._key(sequence))
+        count = sequence.length - 1
+        sequence.snapshot_at = count + 1
+        digest, policy = _digest_of(sequence, count), repr(sequence.request.policy)
+        key = "" if sequence.tainted else repr(self._key(sequence))
+        about = {"tokens": count, "digest": digest, "policy": policy, "key": key}
         return StateAfter(len(sequence.tokens), self._runner.export(sequence, about))
 
     def _keep(self, sequence: Sequence, ids: list[int]) -> None:
@@ -114,5 +115,26 @@ class Memory:
         return sequence.request.policy, sequence.seed if self._runner.draws else None
 
 
+def _digest_of(sequence: Sequence, count: int) -> str:
+    """`_digest` of so many tokens; those that were there at its last snapshot are not gone through again."""
+    known, digest = sequence.digested or (0, _hash())
+    prompt = sequence.request.prompt
+    digest.update(
+        _bytes(prompt[known:count] + sequence.tokens[max(0, known - len(prompt)) : count - len(prompt)])
+    )
+    sequence.digested = count, digest
+    return digest.hexdigest()
+
+
 def _digest(ids: list[int]) -> str:
-    return hashlib.blake2b(np.array(ids, np.int64).tobytes(), digest_size=16).hexdigest()
+    digest = _hash()
+    digest.update(_bytes(ids))
+    return digest.hexdigest()
+
+
+def _hash() -> "hashlib.blake2b":
+    return hashlib.blake2b(digest_size=16)
+
+
+def _bytes(ids: list[int]) -> bytes:
+    return np.array(ids, np.int64).tobytes()

@@ -1,7 +1,9 @@
 """Runs ticks on a model: from row tables to tensors and back. The only part of the engine that knows torch."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -129,10 +131,10 @@ class TorchRunner:
         for mine, saved in zip(self._entries, states[-1].entries, strict=True):
             mine[sequence.slots] = saved
 
-    def export(self, sequence: Sequence, about: dict[str, Any]) -> bytes:
+    def export(self, sequence: Sequence, about: dict[str, Any]) -> Callable[[], bytes]:
         saved = self.save(sequence, None)
-        entries = [e.tolist() for e in saved.entries]
-        return snapshots.to_bytes(saved.slots, self._fingerprint, {**about, "entries": entries})
+        about = {**about, "entries": [e.tolist() for e in saved.entries]}
+        return partial(snapshots.to_bytes, [s.cpu() for s in saved.slots], self._fingerprint, about)
 
     def parse(self, snapshot: bytes) -> tuple[SavedState, dict[str, Any]]:
         try:

@@ -103,9 +103,9 @@ class FakeRunner:
         for (stage, depth), value in chain[-1].states.items():
             self.states[sequence.slot, stage, depth] = value
 
-    def export(self, sequence: Sequence, about: dict[str, Any]) -> bytes:
+    def export(self, sequence: Sequence, about: dict[str, Any]) -> Callable[[], bytes]:
         saved = [[*key, value] for key, value in self.save(sequence, None).states.items()]
-        return json.dumps([saved, about]).encode()
+        return lambda: json.dumps([saved, about]).encode()
 
     def parse(self, snapshot: bytes) -> "tuple[FakeState, dict[str, Any]]":
         saved, about = json.loads(snapshot)

@@ -121,7 +121,7 @@ async def test_a_replay_is_one_chunk_of_each_stream(folder: Path) -> None:
         assert chunks and len({request for request, _ in chunks}) == len(chunks)
 
 
-@pytest.mark.parametrize(("asked", "wait"), [(None, 32), (0, 0), (7, 7)])
+@pytest.mark.parametrize(("asked", "wait"), [(None, 64), (0, 0), (7, 7)])
 async def test_small_states_are_sent_often_unless_told_otherwise(
     folder: Path, asked: int | None, wait: int
 ) -> None:

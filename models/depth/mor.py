@@ -86,14 +86,23 @@ class Mor(Part):
             raise ValueError(f"type is {self.type}, but there is no section {self.type}")
         return self
 
-    def capacities(self, recursions: int) -> list[float]:
+    def capacities(self, recursions: int, skipped: Skipped) -> list[float]:
         """Share of the tokens that each recursion takes. Raises ValueError."""
         if self.capacity is None:
             return [(recursions - r) / recursions for r in range(recursions)]
         shares = [float(share) for share in self.capacity.split(",")]
         if len(shares) != recursions or not all(0 < share <= 1 for share in shares):
             raise ValueError(f"must be {recursions} shares above 0, at most 1")
+        if self.type == "expert" and skipped != "absent" and shares[0] < 1:
+            raise ValueError(f"must begin with 1 where skipped recursions are {skipped}, not absent")
         return shares
+
+    def check(self, recursions: int, skipped: Skipped, file: object) -> None:
+        """Raises ConfigError."""
+        try:
+            self.capacities(recursions, skipped)
+        except ValueError as error:
+            raise ConfigError(file, "mor.capacity", self.capacity, str(error)) from None
 
 
 class Yaml(Part):
@@ -152,7 +161,7 @@ class ExpertChoice(MixtureOfRecursions):
     """A row carries the logit of the router that picked it for its next recursion, and whether it was not picked."""
 
     def __init__(self, base: dict[str, Any], loop: Loop, mor: Mor):
-        self.shares = mor.capacities(loop.depths)
+        self.shares = mor.capacities(loop.depths, loop.skipped)
         # With less than all at the first, a token may do without any recursion, which is decided before it.
         super().__init__(base, replace(loop, entry=self.shares[0] < 1), mor)
         assert mor.expert is not None
@@ -269,10 +278,7 @@ def read(raw: dict[str, Any], file: object) -> tuple[llama.Config, Yaml]:
             where, "config.yaml", None, "a Mixture-of-Recursions checkpoint needs its training configuration"
         )
     y = checked(Yaml, raw["yaml"], where)
-    try:
-        shares = y.mor.capacities(y.recursive.num_recursion)
-    except ValueError as error:
-        raise ConfigError(where, "mor.capacity", y.mor.capacity, str(error)) from None
+    y.mor.check(y.recursive.num_recursion, y.skipped, where)
     n, plain = y.recursive.num_recursion, 2 if y.recursive.sharing == "middle_cycle" else 0
     if (c.num_hidden_layers - plain) % n or c.num_hidden_layers <= plain:
         limit = f"less {plain} plain layers, must be a multiple of recursive.num_recursion = {n}"
@@ -281,10 +287,6 @@ def read(raw: dict[str, Any], file: object) -> tuple[llama.Config, Yaml]:
         shared, own = getattr(y.kv_sharing, key), getattr(y.recursive, key)
         if shared not in (None, own):
             raise ConfigError(where, f"kv_sharing.{key}", shared, f"must be recursive.{key} = {own}")
-    if y.skipped != "absent" and y.mor.type == "expert" and shares[0] < 1:
-        raise ConfigError(
-            where, "mor.capacity", y.mor.capacity, "must begin with 1 where kv_sharing is enabled"
-        )
     return c, y
 
 

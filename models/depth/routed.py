@@ -20,7 +20,6 @@ from models.depth.base import checked, parts, plain_stack
 from models.depth.looped import Loop
 from models.depth.mor import KINDS, Mor
 from models.depth.recursive import check_loop
-from models.errors import ConfigError
 from models.registry import names as names_of
 
 
@@ -40,13 +39,7 @@ def build(raw: dict[str, Any], file: object) -> tuple[ModelConfig, Decoder]:
     base_config, base = plain_stack(c.base, file)
     outside = 1 if c.sharing == "middle_cycle" else 0
     check_loop(base, outside, c.sharing, c.skipped, file)
-    try:
-        shares = c.mor.capacities(c.num_recursions)
-    except ValueError as error:
-        raise ConfigError(file, "mor.capacity", c.mor.capacity, str(error)) from None
-    if c.skipped != "absent" and c.mor.type == "expert" and shares[0] < 1:
-        limit = f"must begin with 1 where skipped = {c.skipped}"
-        raise ConfigError(file, "mor.capacity", c.mor.capacity, limit)
+    c.mor.check(c.num_recursions, c.skipped, file)
     loop = Loop(c.num_recursions, prelude=outside, coda=outside, skipped=c.skipped)
     return base_config, KINDS[c.mor.type](parts(base), loop, c.mor)
 

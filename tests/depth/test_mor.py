@@ -296,6 +296,13 @@ def test_untied_attention_stays_and_tied_weights_are_shared(tmp_path: Path) -> N
         ({"recursive": {"num_recursion": 4, "sharing": "middle_cycle"}}, "num_hidden_layers = 8"),
         ({"recursive": {"num_recursion": 3, "sharing": "sequence"}}, "sharing"),
         ({"mor": {"type": "expert", "capacity": "1,0.5", "expert": AUX_LOSS}}, "mor.capacity"),
+        (
+            {
+                "mor": {"type": "expert", "capacity": "0.9,0.5,0.1", "expert": AUX_LOSS},
+                "kv_sharing": {"enable": True},
+            },
+            "mor.capacity = '0.9,0.5,0.1'.*begin with 1 where skipped recursions are shared",
+        ),
         ({"relaxation": {"enable": True}}, "relaxation.enable"),
         ({"kv_sharing": {"enable": True, "num_recursion": 2}}, "kv_sharing.num_recursion = 2.*must be"),
         ({"kv_sharing": {"enable": True, "sharing": "cycle"}}, "kv_sharing.sharing = 'cycle'.*middle_cycle"),

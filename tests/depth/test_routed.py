@@ -129,7 +129,10 @@ def test_over_a_gla_equals_the_equations(tmp_path: Path) -> None:
         ({"num_recursions": 0}, "num_recursions"),
         ({"mor": {"type": "expert"}}, "mor"),
         ({"mor": {**ROUTED_GLA["mor"], "capacity": "1,0.5"}}, "mor.capacity"),
-        ({"mor": {**ROUTED_GLA["mor"], "capacity": "0.9,0.5,0.1"}, "skipped": "last_exited"}, "mor.capacity"),
+        (
+            {"mor": {**ROUTED_GLA["mor"], "capacity": "0.9,0.5,0.1"}, "skipped": "last_exited"},
+            "must begin with 1 where skipped recursions are last_exited",
+        ),
     ],
 )
 def test_impossible_configurations_are_refused(changed: dict[str, Any], field: str) -> None:

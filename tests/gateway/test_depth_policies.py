@@ -1,10 +1,11 @@
 """Policies of depth at every door: what a model cannot do is refused by its name, everywhere in the same words."""
 
 import asyncio
+import json
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 
 from protos.fathom.v1 import inference_pb2 as pb
 from protos.fathom.v1 import inference_pb2_grpc
+from protos.inference import grpc_service_pb2 as wire
+from protos.inference import grpc_service_pb2_grpc
 from serving.cli import app
 from serving.config import GatewaySpec
 from serving.errors import InvalidArgumentError
@@ -20,6 +23,7 @@ from serving.gateway.http import make_app
 from tests import tiny
 from tests.gateway.harness import house
 from tests.gateway.ingress import grpc_port, http_port, patient  # noqa: F401  (used by being here)
+from tests.gateway.test_oip import SERVICE, tensor
 
 Policy, Criterion, Unit = pb.DepthPolicy, pb.DepthPolicy.Criterion, pb.DepthPolicy.Unit
 NESTED = {
@@ -36,9 +40,12 @@ class Doors:
     url: str
 
 
-@pytest.fixture
-async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
-    folders = [tiny.checkpoint(tmp_path / name, config) for name, config in MODELS.items()]
+@pytest.fixture(scope="module")
+async def doors(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Doors]:
+    folder = tmp_path_factory.mktemp("models")
+    folders = [tiny.checkpoint(folder / name, config) for name, config in MODELS.items()]
+    for made in folders:
+        (made / "chat_template.jinja").write_text("{{ messages[0].content }}")
     spec = GatewaySpec()
     async with (
         house(*folders) as h,
@@ -142,3 +149,133 @@ async def test_usage_of_a_prompt_that_is_only_read_says_its_depth(doors: Doors) 
     async with httpx.AsyncClient(base_url=doors.url, timeout=30) as client:
         usage = (await client.post("/v1/completions", json=asked)).json()["usage"]
     assert usage["mean_depth"] == 1 and usage["flops_saved"] > 0
+
+
+Refusal = tuple[str, str] | None
+"""The status and the text, or None where the request was served."""
+
+
+async def fathom(doors: Doors, model: str, text: str, policy: pb.DepthPolicy) -> Refusal:
+    async with grpc.aio.insecure_channel(doors.target) as channel:
+        sampling = pb.SamplingParams(max_tokens=2)
+        request = pb.GenerateRequest(model=model, text="def f", sampling=sampling, depth=policy)
+        try:
+            [_ async for _ in inference_pb2_grpc.InferenceStub(channel).Generate(request)]
+        except grpc.aio.AioRpcError as error:
+            return error.code().name, str(error.details())
+    return None
+
+
+async def score(doors: Doors, model: str, text: str, policy: pb.DepthPolicy) -> Refusal:
+    async with grpc.aio.insecure_channel(doors.target) as channel:
+        try:
+            request = pb.ScoreRequest(model=model, text="def f", depth=policy)
+            await inference_pb2_grpc.InferenceStub(channel).Score(request)
+        except grpc.aio.AioRpcError as error:
+            return error.code().name, str(error.details())
+    return None
+
+
+def infer(model: str, text: str, *, as_json: bool, stream: bool) -> wire.ModelInferRequest:
+    request = wire.ModelInferRequest(model_name=model, id="7")
+    tensor(request, "text_input", "BYTES", [b"def f"])
+    tensor(request, "stream", "BOOL", [stream])
+    if as_json:
+        given = json.dumps({"depth": text, "max_tokens": 2})
+        tensor(request, "sampling_parameters", "BYTES", [given.encode()])
+    else:
+        request.parameters["depth"].string_param = text
+        request.parameters["max_tokens"].int64_param = 2
+    return request
+
+
+def oip(as_json: bool) -> "Door":
+    async def ask(doors: Doors, model: str, text: str, policy: pb.DepthPolicy) -> Refusal:
+        async with grpc.aio.insecure_channel(doors.target) as channel:
+            stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            try:
+                await stub.ModelInfer(infer(model, text, as_json=as_json, stream=False))
+            except grpc.aio.AioRpcError as error:
+                return error.code().name, str(error.details())
+        return None
+
+    return ask
+
+
+def oip_stream(with_status: bool) -> "Door":
+    async def ask(doors: Doors, model: str, text: str, policy: pb.DepthPolicy) -> Refusal:
+        async with grpc.aio.insecure_channel(doors.target) as channel:
+            call = channel.stream_stream(
+                f"/{SERVICE}/ModelStreamInfer",
+                request_serializer=wire.ModelInferRequest.SerializeToString,
+                response_deserializer=wire.ModelStreamInferResponse.FromString,
+            )
+            metadata = (("triton_grpc_error", "true"),) if with_status else ()
+            request = infer(model, text, as_json=False, stream=True)
+            try:
+                async for message in call(iter([request]), metadata=metadata):
+                    if message.error_message:
+                        code, _, words = message.error_message.partition(": ")
+                        return code, words
+            except grpc.aio.AioRpcError as error:
+                return error.code().name, str(error.details())
+        return None
+
+    return ask
+
+
+def openai(path: str, stream: bool) -> "Door":
+    async def ask(doors: Doors, model: str, text: str, policy: pb.DepthPolicy) -> Refusal:
+        chat: dict[str, Any] = {"messages": [{"role": "user", "content": "def f"}]}
+        asked = {"model": model, "max_tokens": 2, "depth": text, "stream": stream}
+        asked |= chat if "chat" in path else {"prompt": "def f"}
+        async with httpx.AsyncClient(base_url=doors.url, timeout=30) as client:
+            answer = await client.post(path, json=asked)
+        if answer.status_code == 200:
+            return None
+        return {400: "INVALID_ARGUMENT"}[answer.status_code], answer.json()["error"]["message"]
+
+    return ask
+
+
+Door = Callable[[Doors, str, str, pb.DepthPolicy], Awaitable[Refusal]]
+DOORS: dict[str, Door] = {
+    "fathom.v1 Generate": fathom,
+    "fathom.v1 Score": score,
+    "OIP": oip(False),
+    "OIP, as JSON": oip(True),
+    "OIP, streaming": oip_stream(False),
+    "OIP, streaming, with a status": oip_stream(True),
+    "completions": openai("/v1/completions", False),
+    "completions, streaming": openai("/v1/completions", True),
+    "chat": openai("/v1/chat/completions", False),
+    "chat, streaming": openai("/v1/chat/completions", True),
+}
+IMPOSSIBLE = [
+    ("looped", "fixed(9)", Policy(fixed=9), "depth.fixed = 9: "),
+    ("looped", "full(min=4)", Policy(full=Unit(), min_depth=4), "depth.min_depth = 4: "),
+    ("looped", "router", Policy(router=Unit()), "depth = 'router': "),
+    ("looped", "gate(nan)", Policy(gate=Criterion(threshold=math.nan)), "depth.gate.threshold = nan: "),
+    (
+        "looped",
+        "converged(kl, inf)",
+        Policy(converged=Criterion(measure=Policy.KL, threshold=math.inf)),
+        "depth.converged.threshold = inf: ",
+    ),
+    ("looped", "full(width=0.5)", Policy(full=Unit(), width=0.5), "depth.width = 0.5: "),
+    ("nested", "gate(0.5)", Policy(gate=Criterion(threshold=0.5)), "depth = 'gate': "),
+    ("nested", "fixed(2)", Policy(fixed=2), "depth.fixed = 2: "),
+    ("plain", "chain(0, 7)", Policy(chain=pb.Chain(layers=[0, 7])), "depth.chain = 7: "),
+    ("plain", "gate(0.5)", Policy(gate=Criterion(threshold=0.5)), "depth = 'gate': "),
+]
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_what_is_impossible_is_refused_at_every_door(doors: Doors, door: str) -> None:
+    for model, text, policy, words in IMPOSSIBLE:
+        refusal = await DOORS[door](doors, model, text, policy)
+        assert refusal is not None and refusal[0] == "INVALID_ARGUMENT" and words in refusal[1], (
+            text,
+            refusal,
+        )
+    assert await DOORS[door](doors, "looped", "fixed(2)", Policy(fixed=2)) is None

@@ -74,7 +74,7 @@ class Engine:
             return outputs
         started = self.clock()
         result = self.runner.run(tick, self.scheduler.rows, self.scheduler.paths)
-        skipped = self.scheduler.decide(tick, result.signals)
+        skipped = self.scheduler.exits.decide(tick, result.signals, self.scheduler.tick)
         if skipped:
             self.runner.skip(tick, skipped, self.scheduler.rows)
         outputs += self._emit(tick, result.sampled)
@@ -194,7 +194,7 @@ class Engine:
             out = Output(sequence.request.id, sequence.index, [int(sampled.ids[row])], [depth], [reason])
             self._token(sequence, out, row, sampled, now)
             if sequence.request.policy.kind == "deadline" and not np.isnan(gaps[row]):
-                self.scheduler.pace(sequence, float(gaps[row]))
+                self.scheduler.exits.pace(sequence, float(gaps[row]))
             outputs.append(out)
         self.scheduler.feed(sequence for sequence in sequences if sequence.finished is None)
         return outputs

@@ -5,30 +5,22 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from models.paging import PAGE, pages_for
-from models.paths import NOWHERE, Path
+from models.paths import Path
 from serving.engine.choice import StageChooser
-from serving.engine.core import Chunk, Floats, Ints, Request, Sequence, Tick
-from serving.engine.depth import AT_LEAST, DEFAULT_THRESHOLDS, SIGNALS, ExitReason
+from serving.engine.core import Chunk, Ints, Request, Sequence, Tick
+from serving.engine.depth import ExitReason
+from serving.engine.exits import Exits
 from serving.engine.governor import Governor
 from serving.engine.news import Load
 from serving.engine.params import MAX_PRIORITY
 from serving.engine.paths import PathTable
 from serving.engine.random import derive
-from serving.engine.rows import FULL_DEPTH, IDLE, MANY, Rows
+from serving.engine.rows import IDLE, Rows
 from serving.engine.slots import SlotPool, TokenBudget
 from serving.engine.waiting import WaitingQueue
 from serving.errors import InvalidArgumentError, OverloadedError
-
-COUNTING = SIGNALS.index("argmax")
-GOVERNED = int(ExitReason.GOVERNED)
-UNREPEATABLE = np.isin(np.arange(max(ExitReason) + 1), [GOVERNED, int(ExitReason.OUT_OF_TIME)])
-"""By reason: whether another time the same policy may let the token go deeper."""
-
-Skipped = tuple[int, Ints, Ints]
-"""A stage, slots, and the depth of each: passes that rows do without."""
 
 
 class _Parked(NamedTuple):
@@ -76,9 +68,10 @@ class Scheduler:
         self._max_tokens = max_tokens
         self._prefill_tokens = prefill_tokens
         self._clock = clock
-        self._min_depth = min_depth
         self.governor = Governor(shed_wait_s, clock)
-        self._fills = fills
+        self.exits = Exits(
+            self.rows, self.paths, self.running, self.governor, min_depth=min_depth, fills=fills, clock=clock
+        )
         self._one_by_one = one_by_one
         self._waiting = WaitingQueue(max_waiting, queue_target_s, clock, needed=2 * slots)
         self._prefilling: list[Sequence] = []
@@ -173,7 +166,7 @@ class Scheduler:
                 self.rows.seed[first] = sequence.seed
                 if len(slots) > 1:
                     self.rows.further[first] = slots
-                self._set_policy(sequence)
+                self.exits.admit(sequence)
                 yield sequence
             self._prefilling.append(request.sequences[0])
 
@@ -193,90 +186,12 @@ class Scheduler:
         tick = Tick(stage, here, nodes, parked.places[rows], chunks, stage in self._final, waited)
         tick.refills = int((nodes == 0).sum()) if parked.nodes.any() else 0
         if not tick.final:
-            self._want(tick)
+            self.exits.want(tick)
         return tick
 
     def ran(self, tick: Tick, seconds: float) -> None:
         """Learn what a stage costs."""
         self.chooser.ran(tick.stage, len(tick.slots) + tick.prefill_tokens, seconds)
-
-    def decide(self, tick: Tick, signals: dict[str, Floats]) -> list[Skipped]:
-        """Apply the depth policies: each token of the tick goes on, or leaves for where its path ends early. Returns
-        what decoding rows skip by that and have to write, where tokens do."""
-        owners, nodes, places = self._tokens(tick)
-        units = np.maximum(self._before(tick), self.paths.units[places])
-        self._reached(tick, units)
-        tick.units = units
-        if tick.final:
-            return []
-        exit_to = self.paths.exit_to[places]
-        leave, reasons = self._leaving(tick, owners, units, signals)
-        for slot in owners[leave & UNREPEATABLE[reasons]].tolist():
-            self.running[slot].tainted = True
-        leave &= exit_to != NOWHERE
-        reasons = np.where(leave, reasons, FULL_DEPTH)
-        count = len(tick.slots)
-        self.rows.reason[tick.slots] = reasons[:count]
-        self.rows.park(tick.slots, np.where(leave, exit_to, nodes + 1)[:count], self.tick)
-        for chunk in tick.chunks:
-            part = slice(count, count + len(chunk.active))
-            count = part.stop
-            chunk.reasons[chunk.active] = reasons[part]
-            self._move(chunk, leave[part], exit_to[part])
-        return self._skipped(tick, leave[: len(tick.slots)]) if self._fills else []
-
-    def _move(self, chunk: Chunk, leave: npt.NDArray[np.bool_], exit_to: Ints) -> None:
-        """Send a chunk on, without its active tokens that leave."""
-        chunk.since = self.tick
-        if leave.any():
-            chunk.meet = int(exit_to[leave][0])
-            chunk.active = chunk.active[~leave]
-        leads_to = self.paths.leads_to[self.paths.place(chunk.sequence.path, chunk.node + 1)]
-        deeper = leads_to <= self.rows.reach[chunk.sequence.slot]
-        chunk.fills = self._fills and bool(deeper)
-        chunk.node = chunk.node + 1 if len(chunk.active) or chunk.fills else chunk.meet
-        if chunk.node == chunk.meet:
-            chunk.active, chunk.meet, chunk.fills = np.arange(len(chunk.ids)), NOWHERE, False
-
-    def _skipped(self, tick: Tick, leave: npt.NDArray[np.bool_]) -> list[Skipped]:
-        """The passes that leaving rows do without, as far down as later tokens of their sequences may come."""
-        leave = leave & (self.rows.reach[tick.slots] > self.rows.units[tick.slots])
-        if not leave.any():
-            return []
-        slots, nodes, places = tick.slots[leave], tick.nodes[leave], tick.places[leave]
-        reach, exit_to = self.rows.reach[slots], self.paths.exit_to[places]
-        skipped: dict[int, list[tuple[Ints, Ints]]] = {}
-        for further in range(1, int((exit_to - nodes).max())):
-            there = nodes + further < exit_to
-            at = places[there] + further
-            seen = self.paths.leads_to[at] <= reach[there]
-            stages, depths = self.paths.stage[at], self.paths.depth[at]
-            for stage in np.unique(stages[seen]).tolist():
-                chosen = seen & (stages == stage)
-                skipped.setdefault(stage, []).append((slots[there][chosen], depths[chosen]))
-        return [
-            (
-                stage,
-                np.concatenate([slots for slots, _ in parts]),
-                np.concatenate([depths for _, depths in parts]),
-            )
-            for stage, parts in skipped.items()
-        ]
-
-    def _before(self, tick: Tick) -> Ints:
-        """How deep each token of the tick was before it."""
-        rows = self.rows.units[tick.slots]
-        if not tick.chunks:
-            return rows
-        return np.concatenate([rows, *(chunk.units[chunk.active] for chunk in tick.chunks)])
-
-    def _reached(self, tick: Tick, units: Ints) -> None:
-        """Write down how deep each token of the tick is now."""
-        count = len(tick.slots)
-        self.rows.units[tick.slots] = units[:count]
-        for chunk in tick.chunks:
-            chunk.units[chunk.active] = units[count : count + len(chunk.active)]
-            count += len(chunk.active)
 
     def through(self, chunk: Chunk) -> None:
         """A chunk has passed the final stage."""
@@ -290,21 +205,6 @@ class Scheduler:
         fed = np.array([(s.slot, s.tokens[-1], s.length - 1) for s in sequences], np.int64).reshape(-1, 3)
         slots, tokens, positions = fed.T
         self.rows.feed(slots, tokens, positions, self.tick)
-
-    def pace(self, sequence: Sequence, seconds: float) -> None:
-        """A sequence that is to be as deep as its deadline allows had its last token after so many seconds: set how
-        deep its next one may go."""
-        rows, slot, request = self.rows, sequence.slot, sequence.request
-        spent = seconds / max(1, int(rows.units[slot]))
-        rows.pace[slot] = spent if np.isnan(rows.pace[slot]) else 0.8 * rows.pace[slot] + 0.2 * spent
-        if request.deadline is None:
-            return
-        tokens = request.params.max_tokens - len(sequence.tokens)
-        affordable = (request.deadline - self._clock()) / max(1, tokens) / max(rows.pace[slot], 1e-9)
-        path, highest = self.paths[sequence.path], min(int(rows.reach[slot]), int(rows.full[slot]))
-        rows.ceiling[slot] = path.deepest(min(affordable, highest), request.policy.min_depth or 1)
-        short = rows.ceiling[slot] < highest
-        rows.capped[slot] = ExitReason.OUT_OF_TIME if short else ExitReason.FIXED_DEPTH
 
     def pass_on(self, sequence: Sequence) -> None:
         """If the sequence is prefilling on behalf of siblings, let one of them take its slots and go on."""
@@ -346,25 +246,6 @@ class Scheduler:
         """Take a request out of the queue."""
         self._waiting.withdraw(request)
         del self.requests[request.id]
-
-    def _set_policy(self, sequence: Sequence) -> None:
-        """Write the sequence's depth policy into its columns."""
-        rows, slot = self.rows, sequence.slot
-        policy, path = sequence.request.policy, self.paths[sequence.path]
-        low, high = policy.min_depth or 0, policy.max_depth
-        rows.path[slot] = sequence.path
-        rows.signal[slot] = SIGNALS.index(policy.signal) if policy.signal else IDLE
-        if policy.signal:
-            given = policy.threshold
-            rows.threshold[slot] = DEFAULT_THRESHOLDS.get(policy.signal, 1.0) if given is None else given
-        rows.floor[slot] = policy.min_depth or 0
-        ceiling = policy.depth or (MANY if high is None else path.deepest(high, low))
-        rows.ceiling[slot] = rows.reach[slot] = ceiling
-        rows.full[slot] = path.full_depth
-        rows.shed[slot] = next(
-            (d for d in (policy.min_depth, self._min_depth) if d is not None), path.full_depth
-        )
-        rows.early[slot], rows.capped[slot] = policy.reason, ExitReason.FIXED_DEPTH
 
     def _cut_chunks(self) -> None:
         """Send the next prompt tokens on their way, first come first served, as many as there may be at a time."""
@@ -408,61 +289,3 @@ class Scheduler:
             waiting = [(self._stage_of(c), len(c.passing), c.since) for c in self._chunks]
             stages, tokens, since = np.hstack([[stages, tokens, since], np.array(waiting).T])
         return _Parked(slots, nodes, places, stages, tokens, since)
-
-    def _tokens(self, tick: Tick) -> tuple[Ints, Ints, Ints]:
-        """For each token of a tick: the slot whose policy holds, its node, and the place of that."""
-        if not tick.chunks:
-            return tick.slots, tick.nodes, tick.places
-        lengths = [len(chunk.active) for chunk in tick.chunks]
-        owners = np.concatenate([tick.slots, np.repeat([c.sequence.slot for c in tick.chunks], lengths)])
-        nodes = np.concatenate([tick.nodes, np.repeat([c.node for c in tick.chunks], lengths)])
-        return owners, nodes, self.paths.places(self.rows.path[owners], nodes)
-
-    def _want(self, tick: Tick) -> None:
-        """Note the signals that decide about the tokens of a tick. Where a token goes the same way whatever a signal
-        says, before its floor and after the last pass, none is computed, unless it counts passes."""
-        owners, nodes, places = self._tokens(tick)
-        signal = self.rows.signal[owners]
-        if (signal == IDLE).all():
-            return
-        above = self.paths.units[places] < self.rows.floor[owners]
-        signal[above & (signal != COUNTING)] = IDLE
-        exit_to = self.paths.exit_to[places]
-        signal[(exit_to == NOWHERE) | (exit_to == nodes + 1)] = IDLE
-        for index in sorted(set(signal.tolist()) - {IDLE}):
-            tick.wanted[SIGNALS[index]] = np.flatnonzero(signal == index)
-
-    def _leaving(
-        self, tick: Tick, owners: Ints, units: Ints, signals: dict[str, Floats]
-    ) -> tuple[npt.NDArray[np.bool_], Ints]:
-        """Which tokens want to leave, and why."""
-        rows = self.rows
-        early = np.zeros(len(owners), bool)
-        if "argmax" in signals:
-            signals = {**signals, "argmax": self._streaks(tick, signals["argmax"])}
-        for name, tokens in tick.wanted.items():
-            value, threshold = signals[name], rows.threshold[owners[tokens]]
-            early[tokens] = value >= threshold if name in AT_LEAST else value <= threshold
-        early &= units >= rows.floor[owners]
-        capped = units >= rows.ceiling[owners]
-        reasons = np.where(early, rows.early[owners], rows.capped[owners])
-        if self.governor.shed:
-            governed = units >= self.governor.ceilings(rows.full[owners], rows.shed[owners])
-            governed &= units < rows.full[owners]
-            reasons[governed & ~early & ~capped] = GOVERNED
-            capped |= governed
-        return early | capped, reasons
-
-    def _streaks(self, tick: Tick, same: Floats) -> Floats:
-        """Count on, for the tokens that want it, how often in a row the prediction has stayed the same."""
-        wanting = tick.wanted["argmax"]
-        streaks = np.concatenate(
-            [self.rows.streak[tick.slots], *(chunk.streaks[chunk.active] for chunk in tick.chunks)]
-        )
-        streaks[wanting] = np.where(same == 1, streaks[wanting] + 1, 0)
-        count = len(tick.slots)
-        self.rows.streak[tick.slots] = streaks[:count]
-        for chunk in tick.chunks:
-            chunk.streaks[chunk.active] = streaks[count : count + len(chunk.active)]
-            count += len(chunk.active)
-        return streaks[wanting].astype(np.float32)

@@ -1,0 +1,216 @@
+"""Which tokens leave, where they go on, and why: the depth policies, applied to a tick."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from models.paths import NOWHERE
+from serving.engine.core import Chunk, Floats, Ints, Sequence, Tick
+from serving.engine.depth import AT_LEAST, DEFAULT_THRESHOLDS, SIGNALS, ExitReason
+from serving.engine.governor import Governor
+from serving.engine.paths import PathTable
+from serving.engine.rows import FULL_DEPTH, IDLE, MANY, Rows
+
+COUNTING = SIGNALS.index("argmax")
+GOVERNED = int(ExitReason.GOVERNED)
+UNREPEATABLE = np.isin(np.arange(max(ExitReason) + 1), [GOVERNED, int(ExitReason.OUT_OF_TIME)])
+"""By reason: whether another time the same policy may let the token go deeper."""
+
+Skipped = tuple[int, Ints, Ints]
+"""A stage, slots, and the depth of each: passes that rows do without."""
+
+
+class Exits:
+    """Decides for all tokens of a tick at once, by the columns of their sequences."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        paths: PathTable,
+        running: Mapping[int, Sequence],
+        governor: Governor,
+        *,
+        min_depth: int | None,
+        fills: bool,
+        clock: Callable[[], float],
+    ):
+        """`running`: sequences by their first slot. `min_depth`: the floor of those whose requests have none, while the
+        governor sheds. `fills`: tokens that leave early write what they skip."""
+        self._rows = rows
+        self._paths = paths
+        self._running = running
+        self._governor = governor
+        self._min_depth = min_depth
+        self._fills = fills
+        self._clock = clock
+
+    def admit(self, sequence: Sequence) -> None:
+        """Write the sequence's depth policy into its columns."""
+        rows, slot = self._rows, sequence.slot
+        policy, path = sequence.request.policy, self._paths[sequence.path]
+        low, high = policy.min_depth or 0, policy.max_depth
+        rows.path[slot] = sequence.path
+        rows.signal[slot] = SIGNALS.index(policy.signal) if policy.signal else IDLE
+        if policy.signal:
+            given = policy.threshold
+            rows.threshold[slot] = DEFAULT_THRESHOLDS.get(policy.signal, 1.0) if given is None else given
+        rows.floor[slot] = policy.min_depth or 0
+        ceiling = policy.depth or (MANY if high is None else path.deepest(high, low))
+        rows.ceiling[slot] = rows.reach[slot] = ceiling
+        rows.full[slot] = path.full_depth
+        rows.shed[slot] = next(
+            (d for d in (policy.min_depth, self._min_depth) if d is not None), path.full_depth
+        )
+        rows.early[slot], rows.capped[slot] = policy.reason, ExitReason.FIXED_DEPTH
+
+    def want(self, tick: Tick) -> None:
+        """Note the signals that decide about the tokens of a tick. Where a token goes the same way whatever a signal
+        says, before its floor and after the last pass, none is computed, unless it counts passes."""
+        owners, nodes, places = self._tokens(tick)
+        signal = self._rows.signal[owners]
+        if (signal == IDLE).all():
+            return
+        above = self._paths.units[places] < self._rows.floor[owners]
+        signal[above & (signal != COUNTING)] = IDLE
+        exit_to = self._paths.exit_to[places]
+        signal[(exit_to == NOWHERE) | (exit_to == nodes + 1)] = IDLE
+        for index in sorted(set(signal.tolist()) - {IDLE}):
+            tick.wanted[SIGNALS[index]] = np.flatnonzero(signal == index)
+
+    def decide(self, tick: Tick, signals: dict[str, Floats], now: int) -> list[Skipped]:
+        """Apply the depth policies: each token of the tick goes on, or leaves for where its path ends early. Returns
+        what decoding rows skip by that and have to write, where tokens do."""
+        owners, nodes, places = self._tokens(tick)
+        units = np.maximum(self._before(tick), self._paths.units[places])
+        self._reached(tick, units)
+        tick.units = units
+        if tick.final:
+            return []
+        exit_to = self._paths.exit_to[places]
+        leave, reasons = self._leaving(tick, owners, units, signals)
+        for slot in owners[leave & UNREPEATABLE[reasons]].tolist():
+            self._running[slot].tainted = True
+        leave &= exit_to != NOWHERE
+        reasons = np.where(leave, reasons, FULL_DEPTH)
+        count = len(tick.slots)
+        self._rows.reason[tick.slots] = reasons[:count]
+        self._rows.park(tick.slots, np.where(leave, exit_to, nodes + 1)[:count], now)
+        for chunk in tick.chunks:
+            part = slice(count, count + len(chunk.active))
+            count = part.stop
+            chunk.reasons[chunk.active] = reasons[part]
+            self._move(chunk, leave[part], exit_to[part], now)
+        return self._skipped(tick, leave[: len(tick.slots)]) if self._fills else []
+
+    def pace(self, sequence: Sequence, seconds: float) -> None:
+        """A sequence that is to be as deep as its deadline allows had its last token after so many seconds: set how
+        deep its next one may go."""
+        rows, slot, request = self._rows, sequence.slot, sequence.request
+        spent = seconds / max(1, int(rows.units[slot]))
+        rows.pace[slot] = spent if np.isnan(rows.pace[slot]) else 0.8 * rows.pace[slot] + 0.2 * spent
+        if request.deadline is None:
+            return
+        tokens = request.params.max_tokens - len(sequence.tokens)
+        affordable = (request.deadline - self._clock()) / max(1, tokens) / max(rows.pace[slot], 1e-9)
+        path, highest = self._paths[sequence.path], min(int(rows.reach[slot]), int(rows.full[slot]))
+        rows.ceiling[slot] = path.deepest(min(affordable, highest), request.policy.min_depth or 1)
+        short = rows.ceiling[slot] < highest
+        rows.capped[slot] = ExitReason.OUT_OF_TIME if short else ExitReason.FIXED_DEPTH
+
+    def _tokens(self, tick: Tick) -> tuple[Ints, Ints, Ints]:
+        """For each token of a tick: the slot whose policy holds, its node, and the place of that."""
+        if not tick.chunks:
+            return tick.slots, tick.nodes, tick.places
+        lengths = [len(chunk.active) for chunk in tick.chunks]
+        owners = np.concatenate([tick.slots, np.repeat([c.sequence.slot for c in tick.chunks], lengths)])
+        nodes = np.concatenate([tick.nodes, np.repeat([c.node for c in tick.chunks], lengths)])
+        return owners, nodes, self._paths.places(self._rows.path[owners], nodes)
+
+    def _leaving(
+        self, tick: Tick, owners: Ints, units: Ints, signals: dict[str, Floats]
+    ) -> tuple[npt.NDArray[np.bool_], Ints]:
+        """Which tokens want to leave, and why."""
+        rows = self._rows
+        early = np.zeros(len(owners), bool)
+        if "argmax" in signals:
+            signals = {**signals, "argmax": self._streaks(tick, signals["argmax"])}
+        for name, tokens in tick.wanted.items():
+            value, threshold = signals[name], rows.threshold[owners[tokens]]
+            early[tokens] = value >= threshold if name in AT_LEAST else value <= threshold
+        early &= units >= rows.floor[owners]
+        capped = units >= rows.ceiling[owners]
+        reasons = np.where(early, rows.early[owners], rows.capped[owners])
+        if self._governor.shed:
+            governed = units >= self._governor.ceilings(rows.full[owners], rows.shed[owners])
+            governed &= units < rows.full[owners]
+            reasons[governed & ~early & ~capped] = GOVERNED
+            capped |= governed
+        return early | capped, reasons
+
+    def _streaks(self, tick: Tick, same: Floats) -> Floats:
+        """Count on, for the tokens that want it, how often in a row the prediction has stayed the same."""
+        wanting = tick.wanted["argmax"]
+        streaks = np.concatenate(
+            [self._rows.streak[tick.slots], *(chunk.streaks[chunk.active] for chunk in tick.chunks)]
+        )
+        streaks[wanting] = np.where(same == 1, streaks[wanting] + 1, 0)
+        count = len(tick.slots)
+        self._rows.streak[tick.slots] = streaks[:count]
+        for chunk in tick.chunks:
+            chunk.streaks[chunk.active] = streaks[count : count + len(chunk.active)]
+            count += len(chunk.active)
+        return streaks[wanting].astype(np.float32)
+
+    def _before(self, tick: Tick) -> Ints:
+        """How deep each token of the tick was before it."""
+        rows = self._rows.units[tick.slots]
+        if not tick.chunks:
+            return rows
+        return np.concatenate([rows, *(chunk.units[chunk.active] for chunk in tick.chunks)])
+
+    def _reached(self, tick: Tick, units: Ints) -> None:
+        """Write down how deep each token of the tick is now."""
+        count = len(tick.slots)
+        self._rows.units[tick.slots] = units[:count]
+        for chunk in tick.chunks:
+            chunk.units[chunk.active] = units[count : count + len(chunk.active)]
+            count += len(chunk.active)
+
+    def _move(self, chunk: Chunk, leave: npt.NDArray[np.bool_], exit_to: Ints, now: int) -> None:
+        """Send a chunk on, without its active tokens that leave."""
+        chunk.since = now
+        if leave.any():
+            chunk.meet = int(exit_to[leave][0])
+            chunk.active = chunk.active[~leave]
+        leads_to = self._paths.leads_to[self._paths.place(chunk.sequence.path, chunk.node + 1)]
+        deeper = leads_to <= self._rows.reach[chunk.sequence.slot]
+        chunk.fills = self._fills and bool(deeper)
+        chunk.node = chunk.node + 1 if len(chunk.active) or chunk.fills else chunk.meet
+        if chunk.node == chunk.meet:
+            chunk.active, chunk.meet, chunk.fills = np.arange(len(chunk.ids)), NOWHERE, False
+
+    def _skipped(self, tick: Tick, leave: npt.NDArray[np.bool_]) -> list[Skipped]:
+        """The passes that leaving rows do without, as far down as later tokens of their sequences may come."""
+        leave = leave & (self._rows.reach[tick.slots] > self._rows.units[tick.slots])
+        if not leave.any():
+            return []
+        slots, nodes, places = tick.slots[leave], tick.nodes[leave], tick.places[leave]
+        reach, exit_to = self._rows.reach[slots], self._paths.exit_to[places]
+        skipped: dict[int, list[tuple[Ints, Ints]]] = {}
+        for further in range(1, int((exit_to - nodes).max())):
+            there = nodes + further < exit_to
+            at = places[there] + further
+            seen = self._paths.leads_to[at] <= reach[there]
+            stages, depths = self._paths.stage[at], self._paths.depth[at]
+            for stage in np.unique(stages[seen]).tolist():
+                chosen = seen & (stages == stage)
+                skipped.setdefault(stage, []).append((slots[there][chosen], depths[chosen]))
+        return [
+            (
+                stage,
+                np.concatenate([slots for slots, _ in parts]),
+                np.concatenate([depths for _, depths in parts]),
+            )
+            for stage, parts in skipped.items()
+        ]

@@ -25,6 +25,7 @@ from serving.config import GatewaySpec
 from serving.gateway.connection import connection
 from serving.gateway.rpc import Rpc, StreamEndedError
 from serving.gateway.services import Call, add_services, services
+from serving.gateway.status import PUSHBACK
 
 KEEPALIVE_MS = 20_000
 """After so long without a word the client is asked for a sign of life: one that vanished holds no slot."""
@@ -85,6 +86,7 @@ class _Doorman(grpc.GenericRpcHandler):
         async def refuse(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> None:
             context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
             context.set_details(str(error))
+            context.set_trailing_metadata(PUSHBACK)
 
         # Whatever kind of RPC it is: only of a stream is no message read unless somebody asks for it.
         return grpc.stream_stream_rpc_method_handler(refuse)

@@ -24,7 +24,7 @@ from serving.gateway.oip import Metadata, Oip
 from serving.gateway.requests import Requests
 from serving.gateway.services import Call, services
 from serving.gateway.sessions_rpc import SessionsRpc
-from serving.gateway.status import status_of
+from serving.gateway.status import FOR_NOW, PUSHBACK, status_of
 
 log = logging.getLogger("fathom.gateway")
 
@@ -45,6 +45,7 @@ class Context(Protocol):
 
     def set_code(self, code: grpc.StatusCode) -> None: ...
     def set_details(self, details: str) -> None: ...
+    def set_trailing_metadata(self, trailing_metadata: Pairs) -> None: ...
     def invocation_metadata(self) -> Pairs: ...
 
 
@@ -163,6 +164,8 @@ class Rpc:
             log.error("%s/%s failed", call.service, call.method, exc_info=error)
         context.set_code(code)
         context.set_details(_bounded(str(error) or type(error).__name__))
+        if code in FOR_NOW:
+            context.set_trailing_metadata(PUSHBACK)
         self._metrics.ended(call.method, code.name)
 
     async def _generate(self, body: bytes, metadata: Metadata) -> AsyncGenerator[Message]:

@@ -18,6 +18,14 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     errors.UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
 }
 
+AGAIN_S = 1
+"""When it is worth asking again what was refused for now."""
+
+FOR_NOW = frozenset({grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE})
+
+PUSHBACK = (("grpc-retry-pushback-ms", str(1000 * AGAIN_S)),)
+"""Trailing metadata that says so to clients with a retry policy (gRFC A6)."""
+
 
 def status_of(error: BaseException) -> grpc.StatusCode:
     """INTERNAL for what no client could have done better."""

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serving.errors import InvalidArgumentError
-from serving.gateway.status import status_of
+from serving.gateway.status import AGAIN_S, status_of
 
 T = TypeVar("T")
 
@@ -179,7 +179,7 @@ def refusal(error: BaseException, headers: Mapping[str, str] | None = None) -> R
     status, body = described(error)
     more = dict(headers or {})
     if status in (429, 503):
-        more["retry-after"] = "1"
+        more["retry-after"] = str(AGAIN_S)
     if status == 504:
         more["x-should-retry"] = "false"  # OpenAI's clients would ask for it all again
     return answer(body, more, status)

@@ -1,7 +1,7 @@
 """A gateway and an engine replica in one process: everything real but Ray."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +24,16 @@ class Context:
     code: grpc.StatusCode = grpc.StatusCode.OK
     details: str = ""
     metadata: tuple[tuple[str, str], ...] = ()
+    trailing: Sequence[tuple[str, str | bytes]] = ()
 
     def set_code(self, code: grpc.StatusCode) -> None:
         self.code = code
 
     def set_details(self, details: str) -> None:
         self.details = details
+
+    def set_trailing_metadata(self, trailing_metadata: Sequence[tuple[str, str | bytes]]) -> None:
+        self.trailing = trailing_metadata
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         return self.metadata

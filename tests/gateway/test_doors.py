@@ -1,6 +1,7 @@
 """A gateway's own ports: what gRPC and HTTP add to what the gateway says."""
 
 import asyncio
+import json
 from pathlib import Path
 
 import grpc
@@ -13,6 +14,7 @@ from protos.fathom.v1 import inference_pb2_grpc
 from serving.config import GatewaySpec, ServeConfig
 from serving.gateway.doors import GrpcDoor, HttpDoor
 from serving.gateway.http import make_app
+from serving.gateway.replicas import Replica
 from serving.gateway.services import services
 from tests import tiny
 from tests.gateway.harness import house
@@ -44,6 +46,28 @@ async def test_who_does_not_read_is_not_waited_for(tmp_path: Path) -> None:
         assert told.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "reader_patience_s = 0.5" in str(told.value.details())
         await h.idle()
+
+
+async def test_a_client_that_retries_comes_back_when_it_was_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = {
+        "maxAttempts": 3, "initialBackoff": "60s", "maxBackoff": "60s", "backoffMultiplier": 1,
+        "retryableStatusCodes": ["RESOURCE_EXHAUSTED"],
+    }  # fmt: skip
+    config = {"methodConfig": [{"name": [{"service": "fathom.v1.Inference"}], "retryPolicy": policy}]}
+    options = [*OWN_CONNECTION, ("grpc.service_config", json.dumps(config))]
+    async with house(tiny.checkpoint(tmp_path / "tiny")) as h, grpc_port(h.rpc) as address:
+        refused = asyncio.Event()
+        with monkeypatch.context() as full:
+            full.setattr(Replica, "room", 0)
+            full.setattr(Replica, "refuse", lambda self: refused.set())
+            channel = grpc.aio.insecure_channel(address, options)
+            answers = inference_pb2_grpc.InferenceStub(channel).Generate(ask(3))
+            reading = asyncio.ensure_future(anext(aiter(answers)))
+            await refused.wait()
+        assert (await asyncio.wait_for(reading, 20)).token_ids  # and not after its own backoff of a minute
+        await channel.close()
 
 
 async def test_several_gateways_share_a_port_and_one_may_go(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ class Context:
     code: grpc.StatusCode = grpc.StatusCode.OK
     details: str = ""
     metadata: tuple[tuple[str, str], ...] = ()
-    trailing: Sequence[tuple[str, str | bytes]] = ()
+    _trailing: Sequence[tuple[str, str | bytes]] = ()
 
     def set_code(self, code: grpc.StatusCode) -> None:
         self.code = code
@@ -33,7 +33,10 @@ class Context:
         self.details = details
 
     def set_trailing_metadata(self, trailing_metadata: Sequence[tuple[str, str | bytes]]) -> None:
-        self.trailing = trailing_metadata
+        self._trailing = trailing_metadata
+
+    def trailing_metadata(self) -> Sequence[tuple[str, str | bytes]]:
+        return self._trailing
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         return self.metadata

@@ -156,6 +156,7 @@ async def test_a_full_queue_answers_at_once(folder: Path) -> None:
                 await asyncio.sleep(0.01)
         _, context = await h.stream(GENERATE, ask())
         assert context.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert dict(context.trailing_metadata()) == {"grpc-retry-pushback-ms": "1000"}
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)

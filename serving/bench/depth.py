@@ -128,11 +128,9 @@ class Replaying(TorchRunner):
     def run(self, tick: Tick, rows: Rows, paths: PathTable) -> Result:
         result = super().run(tick, rows, paths)
         if "gate" in tick.wanted:
-            owners = [tick.slots, *(np.full(len(c.active), c.sequence.slot) for c in tick.chunks)]
-            nodes = [tick.nodes, *(np.full(len(c.active), c.node) for c in tick.chunks)]
+            slots, nodes = tick.tokens()
             positions = [rows.position[tick.slots], *(c.start + c.active for c in tick.chunks)]
-            slots = np.concatenate(owners)
-            units = paths.units[paths.places(rows.path[slots], np.concatenate(nodes))]
+            units = paths.units[paths.places(rows.path[slots], nodes)]
             sequence = rows.seed[slots].astype(np.int64)
             leaves = self.trace[sequence, np.concatenate(positions) % self.trace.shape[1]]
             result.signals["gate"] = (units >= leaves)[tick.wanted["gate"]].astype(np.float32)

@@ -129,6 +129,17 @@ class Tick:
     def __post_init__(self) -> None:
         self.prefill_tokens = sum(len(chunk.passing) for chunk in self.chunks)
 
+    def tokens(self) -> tuple[Ints, Ints]:
+        """For each token: the slot whose policy holds, and its node."""
+        if not self.chunks:
+            return self.slots, self.nodes
+        lengths = [len(chunk.active) for chunk in self.chunks]
+        owners, nodes = [c.sequence.slot for c in self.chunks], [c.node for c in self.chunks]
+        return (
+            np.concatenate([self.slots, np.repeat(owners, lengths)]),
+            np.concatenate([self.nodes, np.repeat(nodes, lengths)]),
+        )
+
 
 @dataclass(slots=True)
 class Result:

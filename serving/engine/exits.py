@@ -120,12 +120,9 @@ class Exits:
 
     def _tokens(self, tick: Tick) -> tuple[Ints, Ints, Ints]:
         """For each token of a tick: the slot whose policy holds, its node, and the place of that."""
-        if not tick.chunks:
-            return tick.slots, tick.nodes, tick.places
-        lengths = [len(chunk.active) for chunk in tick.chunks]
-        owners = np.concatenate([tick.slots, np.repeat([c.sequence.slot for c in tick.chunks], lengths)])
-        nodes = np.concatenate([tick.nodes, np.repeat([c.node for c in tick.chunks], lengths)])
-        return owners, nodes, self._paths.places(self._rows.path[owners], nodes)
+        owners, nodes = tick.tokens()
+        places = self._paths.places(self._rows.path[owners], nodes) if tick.chunks else tick.places
+        return owners, nodes, places
 
     def _leaving(
         self, tick: Tick, owners: Ints, units: Ints, signals: dict[str, Floats]

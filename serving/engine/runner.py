@@ -311,8 +311,7 @@ class TorchRunner:
     def _first_exit(self, tick: Tick, rows: Rows, paths: PathTable) -> npt.NDArray[np.bool_]:
         """Which of the tick's tokens are at the first exit of their path, with nothing before to compare them
         with."""
-        owners = np.concatenate([tick.slots, *(np.full(len(c.active), c.sequence.slot) for c in tick.chunks)])
-        nodes = np.concatenate([tick.nodes, *(np.full(len(c.active), c.node) for c in tick.chunks)])
+        owners, nodes = tick.tokens()
         units = paths.units[paths.places(rows.path[owners], nodes)]
         return units == min(n.units for n in self.model.path().nodes if n.exit_to != NOWHERE and n.units)
 

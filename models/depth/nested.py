@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.invariance import by_row
 from kernels.linear import linear
 from models.batch import Batch
 from models.decoder import Block, Decoder, Stage
@@ -76,32 +77,34 @@ class NestedDecoder(Decoder):
 class NestedBlock(Block):
     """A layer whose tokens may each use the first heads and the first hidden units only.
 
-    Where all tokens of a batch have one width, it multiplies by the first rows and columns of the weights, as they lie
-    there; where widths meet, everything is computed, and what a token does not have counts as zero.
+    It multiplies by the first rows and columns of the weights, as they lie there; where widths meet in a batch, for the
+    tokens of each by themselves, so that a token's numbers are what they are without the others.
     """
 
     mixer: Attention
     mlp: GatedMLP
 
     def forward(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
-        if isinstance(batch.width, float) and batch.width == 1.0:
+        if isinstance(batch.width, Tensor):
+            return self._by_width(x, batch, batch.width, state)
+        if batch.width == 1.0:
             return super().forward(x, batch, state)
         assert self.mlp_norm is not None
-        if isinstance(batch.width, float):
-            x = x + self._narrow_attention(self.mixer_norm(x), batch.width, batch, state)
-            return x + self._narrow_mlp(self.mlp_norm(x), batch.width)
-        a, mlp = self.mixer, self.mlp
-        o = a.attend(*a.project(self.mixer_norm(x), batch.positions), batch, state)
-        x = x + a.o_proj((o * _first(a.heads, batch.width)[..., None]).flatten(-2))
-        gate, up = mlp.gate_up(self.mlp_norm(x), mlp.sizes)
-        return x + mlp.down_proj(mlp.activation(gate) * up * _first(mlp.sizes[0], batch.width))
+        x = x + self._narrow_attention(self.mixer_norm(x), batch.width, batch, state)
+        return x + self._narrow_mlp(self.mlp_norm(x), batch.width)
+
+    def _by_width(self, x: Tensor, batch: Batch, widths: Tensor, state: LayerState | None) -> Tensor:
+        of_segments, out = widths[batch.offsets[:-1]], torch.empty_like(x)
+        for width in of_segments.unique().tolist():
+            part, tokens = batch.select(of_segments == width)
+            out[tokens] = self(x[tokens], replace(part, width=width), state)
+        return out
 
     def _narrow_attention(self, x: Tensor, width: float, batch: Batch, state: LayerState | None) -> Tensor:
         a = self.mixer
         heads, kv_heads = round(width * a.heads), round(width * a.kv_heads)
         sizes = [heads * a.head_dim, kv_heads * a.head_dim, kv_heads * a.head_dim]
-        q, k, v = (y.unflatten(-1, (-1, a.head_dim)) for y in _narrow(a.qkv, x, sizes))
-        q, k, v = a.prepared(q, k, v, batch.positions)
+        q, k, v = a.by_head(torch.cat(_narrow(a.qkv, x, sizes), 1), batch.positions, heads, kv_heads)
         # Entries have all heads: the kernel reads whole ones.
         q = F.pad(q, (0, 0, 0, a.heads - heads))
         k, v = (F.pad(y, (0, 0, 0, a.kv_heads - kv_heads)) for y in (k, v))
@@ -112,7 +115,7 @@ class NestedBlock(Block):
         mlp = self.mlp
         inner = round(width * mlp.sizes[0])
         gate, up = _narrow(mlp.gate_up, x, [inner, inner])
-        return linear(mlp.activation(gate) * up, mlp.down_proj.weight[:, :inner], mlp.down_proj.bias)
+        return linear(by_row(mlp.activation, gate) * up, mlp.down_proj.weight[:, :inner], mlp.down_proj.bias)
 
 
 def _narrow(packed: Packed, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
@@ -123,9 +126,3 @@ def _narrow(packed: Packed, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         out.append(linear(x, packed.weight[at : at + size], bias))
         at += whole
     return out
-
-
-def _first(count: int, width: float | Tensor) -> Tensor:
-    """1 for the first of `count` that tokens of each width [T] have, 0 for the others: [T, count]."""
-    assert isinstance(width, Tensor)
-    return (torch.arange(count, device=width.device) < (width * count).round()[:, None]).to(width.dtype)

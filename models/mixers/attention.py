@@ -76,15 +76,18 @@ class Attention(Mixer):
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, hidden] -> q [T, heads, head_dim], k and v [T, kv_heads, head_dim], normed and rotated."""
-        if self.rotary is not None and self._bare and inference(x):
-            (made,) = self.qkv(x, (sum(self.qkv.sizes),))
-            self.rotary.rotate_(made, positions, self.heads + self.kv_heads, self.head_dim)
-            heads = self.heads, self.kv_heads, self.kv_heads
-            q, k, v = made.view(len(made), -1, self.head_dim).split(heads, 1)
-            return q, k, v
-        q, k, v = self.qkv(x)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
-        return self.prepared(q, k, v, positions)
+        (made,) = self.qkv(x, (sum(self.qkv.sizes),))
+        return self.by_head(made, positions, self.heads, self.kv_heads)
+
+    def by_head(
+        self, made: Tensor, positions: Tensor, heads: int, kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v side by side, [T, (heads + 2 kv_heads) head_dim], which are overwritten -> as `project`."""
+        rotary = self.rotary if self._bare and inference(made) else None
+        if rotary is not None:
+            rotary.rotate_(made, positions, heads + kv_heads, self.head_dim)
+        q, k, v = made.unflatten(-1, (-1, self.head_dim)).split((heads, kv_heads, kv_heads), 1)
+        return self.prepared(q, k, v, positions) if rotary is None else (q, k, v)
 
     def prepared(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v by head -> the same, normed and rotated."""

@@ -15,14 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from kernels.depth import confidence, confidence_of
-from kernels.linear import Blocked, linear
+from kernels.linear import Blocked, few_rows, linear
 from models.batch import Batch
-from models.layers import Linear, Parted
+from models.layers import GatedMLP, Linear, Parted
 from models.paths import Node, Path
 from models.state import LayerLeaves, LayerState, Layout
 
 AT_ONCE = 1 << 21
 """Logits that are there at a time where only the confidence of their rows is wanted."""
+
+
+Residual = Callable[[Tensor, Batch, LayerState], Tensor]
+"""x [T, D] -> x + what a part of a layer makes of it, [T, D]; the state is advanced in place."""
 
 
 class Mixer(nn.Module):
@@ -40,6 +44,10 @@ class Mixer(nn.Module):
     def write(self, x: Tensor, batch: Batch, state: LayerState | None) -> None:
         """Advance the state alone, as `forward` would."""
         self(x, batch, state)
+
+    def with_norm(self, norm: nn.Module) -> "Residual | None":
+        """x + mixer(norm(x)) on a CPU in one call, where the mixer has one for this norm and its weights are final."""
+        return None
 
     def flops(self) -> int:
         """Floating-point operations of one token beside those of the projections."""
@@ -69,6 +77,13 @@ class Block(nn.Module):
         self.mixer = mixer
         self.mlp_norm = mlp_norm
         self.mlp = mlp
+        self._mixed: Residual | None = None  # the halves, each in one call
+        self._fed: Callable[[Tensor], Tensor] | None = None
+
+    def prepare(self) -> None:
+        self._mixed = self.mixer.with_norm(self.mixer_norm)
+        if isinstance(self.mlp, GatedMLP):
+            self._fed = self.mlp.with_norm(self.mlp_norm)
 
     @property
     def mixers(self) -> list[Mixer]:
@@ -83,7 +98,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        x = x + self.mixer(self.mixer_norm(x), batch, state)
+        few = few_rows(x)
+        if self._mixed is not None and state is not None and few:
+            x = self._mixed(x, batch, state)
+        else:
+            x = x + self.mixer(self.mixer_norm(x), batch, state)
+        if self._fed is not None and few:
+            return self._fed(x)
         if self.mlp is not None and self.mlp_norm is not None:
             h = self.mlp_norm(x)
             x = x + (self.mlp(h, batch, state) if isinstance(self.mlp, Mixer) else self.mlp(h))
@@ -101,8 +122,13 @@ class Block(nn.Module):
         """Write the state of tokens that skip the layer and would have come to it as x [T, D]."""
         if isinstance(self.mlp, Mixer):
             self(x, batch, state)
+            return
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
+        if self._mixed is not None and state is not None and few_rows(x):
+            self._mixed(x, batch, state)
         else:
-            self.mixer.write(self.mixer_norm(x if self.pre_norm is None else self.pre_norm(x)), batch, state)
+            self.mixer.write(self.mixer_norm(x), batch, state)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,17 @@
 """The parts that every family is made of."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.gated import silu_product
-from kernels.linear import Blocked, linear
+from kernels.gated.mlp import MLPWeights, mlp_step
+from kernels.linear import Blocked, Matrix, linear
 from kernels.norm import few, rms_norm_step
 from kernels.pool import Floats
 from kernels.rotary import rotate_
@@ -166,6 +169,14 @@ class Linear(Projection, nn.Linear):
         return self.project(x)
 
 
+def matrices(*projections: Projection) -> list[Matrix] | None:
+    """What kernels that do several projections in one call are given: the weights in blocks. None where one of them has
+    none, or is added to (a LoRA by depth)."""
+    blocked = [p.blocked for p in projections if not p._forward_hooks]
+    found = [b.matrix for b in blocked if b is not None]
+    return found if len(found) == len(projections) else None
+
+
 class Parted(nn.Module):
     """A module whose parameters are put together from several tensors of a checkpoint."""
 
@@ -227,6 +238,16 @@ class GatedMLP(nn.Module):
             return self.down_proj(silu_product(both))
         gate, up = self.gate_up(x, self.sizes)
         return self.down_proj(self.activation(gate) * up)
+
+    def with_norm(self, norm: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
+        """x + mlp(norm(x)) on a CPU in one call, where there is one for this norm and activation."""
+        found = matrices(self.gate_up, self.down_proj)
+        if found is None or self.activation is not F.silu:
+            return None
+        if not isinstance(norm, RMSNorm) or norm.array is None:
+            return None
+        gate_up, down = found
+        return partial(mlp_step, w=MLPWeights(norm.array, np.float32(norm.eps), gate_up, down, self.sizes[0]))
 
 
 def softcap(x: Tensor, cap: float | None) -> Tensor:

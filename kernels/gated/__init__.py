@@ -12,7 +12,7 @@ from kernels.pool import Floats
 
 
 @numba.njit(fastmath=True, error_model="numpy", cache=True, nogil=True)
-def _silu_product(x: Floats, out: Floats) -> None:
+def silu_product_numba(x: Floats, out: Floats) -> None:
     """x [T, 2 N], out [T, N]."""
     wide_vectors()
     N = out.shape[1]
@@ -32,5 +32,5 @@ def silu_product(x: Tensor) -> Tensor:
     if x.dim() != 2 or not few(x):
         return silu_product_naive(x)
     out = np.empty((x.shape[0], x.shape[1] // 2), np.float32)
-    _silu_product(x.numpy(), out)
+    silu_product_numba(x.numpy(), out)
     return torch.from_numpy(out)

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from kernels.invariance import Invariance, invariant_linear, wanted
 from kernels.library import define
-from kernels.linear.blocks_numba import FEATURES, NONE, Blocks, Matrix, project, project_alone, to_blocks
+from kernels.linear.blocks_numba import FEATURES, NONE, Blocks, Matrix, project_any, to_blocks
 from kernels.linear.naive import linear_naive, quantize
-from kernels.pool import as_float32
+from kernels.pool import as_float32, inference
 
-__all__ = ["Blocked", "linear", "linear_naive", "narrowed", "quantize"]
+__all__ = ["Blocked", "Matrix", "few_rows", "linear", "linear_naive", "narrowed", "quantize"]
 
 ROWS = 64  # Of more, BLAS is quicker with float32 weights; it has no batch invariance to keep.
-SMALL = 1 << 19  # Products that cost less than waking other threads.
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -35,6 +34,12 @@ def narrowed(weight: Tensor) -> Blocks:
         if FEATURES.get("f16c") and all(part.half().float().equal(part) for part in parts):
             return weight.half().view(torch.int16).numpy()
     return weight.numpy()
+
+
+def few_rows(x: Tensor) -> bool:
+    """Whether weights in blocks are for x [T, K], outside of torch.compile: float32 on a CPU, without gradients, and no
+    more rows than BLAS is slower at."""
+    return inference(x) and (Invariance.on or x.shape[0] <= ROWS)
 
 
 class Blocked:
@@ -69,10 +74,8 @@ class Blocked:
 
 
 def _project(x: Tensor, matrix: Matrix, outputs: int) -> Tensor:
-    rows = x.shape[0]
-    out = np.empty((rows, outputs), np.float32)
-    run = project_alone if rows * matrix.blocks.size <= SMALL else project
-    run(as_float32(x), matrix, out)
+    out = np.empty((x.shape[0], outputs), np.float32)
+    project_any(as_float32(x), matrix, out)
     made = torch.from_numpy(out)
     return made if x.dtype is torch.float32 else made.to(x.dtype)
 

@@ -39,6 +39,7 @@ ALONE = LANES * 4  # channels of a row that is alone: it waits for its last sums
 MOST_ROWS = 6
 TOKENS = 192  # whose inputs stay in a core's cache while the weights pass
 
+SMALL = 1 << 19  # products that cost less than waking other threads
 NONE = np.empty(0, np.float32)
 
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -333,3 +334,12 @@ def project(
     for task in numba.prange(parts * ((T + TOKENS - 1) // TOKENS)):
         first = task // parts * TOKENS
         _task(rows, steps, w, out, task % parts * channels, channels, first, min(T, first + TOKENS))
+
+
+@numba.njit(error_model="numpy", cache=True, nogil=True)
+def project_any(x: Floats, w: Matrix, out: Floats) -> None:
+    """`project`, by all threads where that pays."""
+    if x.shape[0] * w.blocks.size <= SMALL:
+        project_alone(x, w, out)
+    else:
+        project(x, w, out)

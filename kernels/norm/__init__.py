@@ -9,13 +9,13 @@ from kernels.fastmath import wide_vectors
 from kernels.invariance import Invariance
 from kernels.pool import Floats, inference
 
-__all__ = ["few", "rms_norm_step"]
+__all__ = ["few", "rms_norm_numba", "rms_norm_step"]
 
 MOST = 1 << 16  # numbers; with more of them torch's calls cost nothing beside the work
 
 
 @numba.njit(fastmath=True, error_model="numpy", cache=True, nogil=True)
-def _rms_norm(x: Floats, weight: Floats, eps: float, out: Floats) -> None:
+def rms_norm_numba(x: Floats, weight: Floats, eps: float, out: Floats) -> None:
     """x, out [rows, size], weight [size]."""
     wide_vectors()
     for t in range(x.shape[0]):
@@ -37,5 +37,5 @@ def rms_norm_step(x: Tensor, weight: Floats, eps: float) -> Tensor:
     """x / sqrt(mean x^2 + eps) * weight over the last dimension: x [..., size], weight [size]."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     size = weight.shape[0]
-    _rms_norm(x.contiguous().view(-1, size).numpy(), weight, np.float32(eps), out.view(-1, size).numpy())
+    rms_norm_numba(x.contiguous().view(-1, size).numpy(), weight, np.float32(eps), out.view(-1, size).numpy())
     return out

@@ -1,12 +1,16 @@
 """What lies between GLA's projections, on CPUs in one call: decay, recurrence, norm and gate of each head. As separate
 operators it is a dozen of torch's calls, which cost a decoding step of few rows more than the work."""
 
+from typing import NamedTuple
+
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.fastmath import exp, silu, softplus
+from kernels.linear.blocks_numba import Matrix, project_any
+from kernels.norm import rms_norm_numba
 from kernels.outer.step_numba import Floats, Ints
 from kernels.pool import FlatPool, as_float32, flat
 
@@ -94,4 +98,68 @@ def gla_step(
         np.float32(scale),
         np.float32(eps),
     )
+    return torch.from_numpy(out)
+
+
+class GLAWeights(NamedTuple):
+    """H heads of K and V channels, R of the low-rank decay, D wide outside."""
+
+    norm: Floats  # [D]
+    eps: np.float32
+    in_proj: Matrix  # [H (2 K + V) + R, D], and H V more with a gate: q, k, v, the low-rank decay, the gate
+    decay: Matrix  # [H K, R]
+    head_norm: Floats  # [V]
+    head_eps: np.float32
+    out_proj: Matrix  # [D, H V]
+    heads: int  # H
+    keys: int  # H K
+    rank: int  # R
+    gated: bool
+    normalizer: np.float32
+    scale: np.float32
+
+
+# Not the one that is read from numba's cache on disk: see kernels/diagonal/selective/mixer_numba.py.
+_gla_step = numba.njit(parallel=True, fastmath=True, error_model="numpy", nogil=True)(gla_step_numba.py_func)
+
+
+@numba.njit(fastmath=True, error_model="numpy", cache=True, nogil=True)
+def gla_mixer_numba(
+    x: Floats,  # [T, D]
+    w: GLAWeights,
+    pool: FlatPool,  # [slots, depths, H, K, V]
+    slots: Ints,  # [N]
+    depths: Ints,  # [N]
+    offsets: Ints,  # [N + 1]
+    out: Floats,  # [T, D]
+) -> None:
+    T, D = x.shape
+    values = w.heads * w.head_norm.shape[0]
+    low_at = 2 * w.keys + values
+    gate_at = low_at + w.rank if w.gated else -1
+    f32 = np.float32
+    normed = np.empty((T, D), f32)
+    rms_norm_numba(x, w.norm, w.eps, normed)
+    made = np.empty((T, low_at + w.rank + (values if w.gated else 0)), f32)
+    project_any(normed, w.in_proj, made)
+    decay, o = np.empty((T, w.keys), f32), np.empty((T, values), f32)
+    project_any(made[:, low_at : low_at + w.rank].copy(), w.decay, decay)
+    _gla_step(
+        made, decay, made, gate_at, w.head_norm, pool, slots, depths, offsets, o,
+        w.heads, w.normalizer, w.scale, w.head_eps,
+    )  # fmt: skip
+    project_any(o, w.out_proj, out)
+    for t in range(T):
+        row, y = x[t], out[t]
+        for i in range(D):
+            y[i] += row[i]
+
+
+def gla_mixer(
+    x: Tensor, w: GLAWeights, pool: Tensor, slots: Tensor, depths: Tensor, offsets: Tensor
+) -> Tensor:
+    """x + mixer(norm(x)) of a whole mixer, in one call: x [T, D] -> [T, D], float32 on a CPU; the pool is advanced in
+    place."""
+    out = np.empty(x.shape, np.float32)
+    gla_mixer_numba(as_float32(x), w, flat(pool), slots.numpy(), depths.numpy(), offsets.numpy(), out)
     return torch.from_numpy(out)

@@ -1,18 +1,19 @@
 """Gated Linear Attention (arXiv 2312.06635), in flash-linear-attention's checkpoint format."""
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import numpy as np
 import pydantic
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.outer import outer
-from kernels.outer.gla import gla_step
+from kernels.outer.gla import GLAWeights, gla_mixer, gla_step
 from kernels.pool import Floats, inference
 from models.batch import Batch
-from models.decoder import Decoder, Mixer
+from models.decoder import Decoder, Mixer, Residual
 from models.fla import ACTIVATIONS, NAMES, HeadsConfig, activation, decoder
-from models.layers import Linear, Packed, RMSNorm, saved_as
+from models.layers import Linear, Packed, RMSNorm, matrices, saved_as
 from models.mixers.shortconv import ShortConv
 from models.state import LayerLeaves, LayerState, Leaf, pool_of
 
@@ -110,6 +111,20 @@ class GLA(Mixer):
             eps=self.g_norm.eps,
         )
         return self.o_proj(o)
+
+    def with_norm(self, norm: nn.Module) -> Residual | None:
+        found = matrices(self.in_proj, cast("Linear", self.gk_proj["1"]), self.o_proj)
+        if found is None or not self._plain or self.conv is not None or self.g_norm.array is None:
+            return None
+        if not isinstance(norm, RMSNorm) or norm.array is None:
+            return None
+        in_proj, decay, out_proj = found
+        f32 = np.float32
+        weights = GLAWeights(
+            norm.array, f32(norm.eps), in_proj, decay, self.g_norm.array, f32(self.g_norm.eps), out_proj,
+            self.heads, self.qkv[1], GATE_LOW_RANK_DIM, self.gated, f32(GATE_LOGIT_NORMALIZER), f32(self.K**-0.5),
+        )  # fmt: skip
+        return lambda x, batch, state: gla_mixer(x, weights, state["S"], *batch.index)
 
     def flops(self) -> int:
         return self.K * self.V * (4 * self.kv_heads + 2 * self.heads)

@@ -18,7 +18,7 @@ from kernels.pool import as_float32
 from models.batch import Batch
 from models.config import Epsilon, ModelConfig
 from models.decoder import Block, Decoder, Mixer
-from models.layers import Linear, RMSNorm, activation
+from models.layers import Linear, RMSNorm, activation, matrices
 from models.mixers.shortconv import ShortConv
 from models.state import LayerLeaves, LayerState, Leaf, pool_of
 
@@ -91,17 +91,12 @@ class Mamba(Mixer):
 
     def prepare(self) -> None:
         self._A = -self.A_log.float().exp().t().contiguous()
-        relaxed = bool(self.in_proj._forward_hooks)  # a LoRA by depth adds to what the projections give
-        if self._A.is_cpu and self.D.dtype is torch.float32 and self.conv.silu and not relaxed:
+        found = matrices(self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
+        if self._A.is_cpu and self.D.dtype is torch.float32 and self.conv.silu and found is not None:
+            in_proj, x_proj, dt_proj, out_proj = found
             taps, bias = self.conv.arrays()
             A, skip = self._A.numpy(), as_float32(self.D.detach())
-            blocked = [p.blocked for p in (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)]
-            matrices = [b.matrix for b in blocked if b is not None]
-            if len(matrices) == len(blocked):
-                in_proj, x_proj, dt_proj, out_proj = matrices
-                self._step = MixerWeights(
-                    in_proj, taps, bias, x_proj, dt_proj, A, skip, out_proj, self.sizes[0]
-                )
+            self._step = MixerWeights(in_proj, taps, bias, x_proj, dt_proj, A, skip, out_proj, self.sizes[0])
 
     def leaves(self) -> LayerLeaves:
         return {"h": Leaf((self.N, self.inner)), "conv": self.conv.leaf()}

@@ -22,12 +22,23 @@ with torch.inference_mode():
 
 
 @pytest.mark.slow
-def test_a_kernel_compiled_against_others_from_the_disk(tmp_path: Path) -> None:
-    """Mamba's step in one call, where those that it calls are older than itself: the next process has crashed."""
+@pytest.mark.parametrize(
+    ("name", "config", "kernel"),
+    [
+        ("mamba", {}, "mixer_numba.*"),
+        ("gla", {"use_short_conv": False}, "gla.gla_mixer*"),
+        ("gla", {"use_short_conv": False}, "mlp.*"),
+    ],
+    ids=["Mamba's step", "GLA's mixer", "a gated MLP"],
+)
+def test_a_kernel_compiled_against_others_from_the_disk(
+    name: str, config: dict[str, object], kernel: str, tmp_path: Path
+) -> None:
+    """Kernels that call others, where those are older than themselves: the next process has crashed."""
     from tests.models.reference import publish
     from tests.models.small import SMALL
 
-    publish(SMALL["mamba"], tmp_path / "model")
+    publish({**SMALL[name], **config}, tmp_path / "model")
     cache = tmp_path / "cache"
     command = [sys.executable, "-c", STEP, str(tmp_path / "model")]
 
@@ -36,7 +47,9 @@ def test_a_kernel_compiled_against_others_from_the_disk(tmp_path: Path) -> None:
         subprocess.run(command, check=True, timeout=300, env=environment)
 
     run()
-    for file in cache.rglob("mixer_numba.*"):
+    found = list(cache.rglob(kernel))
+    assert found
+    for file in found:
         file.unlink()
     run()
     run()

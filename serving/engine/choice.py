@@ -8,9 +8,8 @@ alone; those that go deepest go as soon as all are there that will; where launch
 runs. Nothing waits longer than PATIENCE ticks. r_s is what it has been of late.
 """
 
-import numpy as np
+from collections.abc import Sequence
 
-from serving.engine.core import Ints
 from serving.engine.costs import MEMORY, Cost
 
 PATIENCE = 16
@@ -37,15 +36,14 @@ class StageChooser:
             self._passed[known] *= MEMORY
         self._passed[stage] = self._passed.get(stage, 0.0) + tokens
 
-    def choose(self, stages: Ints, tokens: Ints, since: Ints, tick: int) -> int:
-        """`stages` and `tokens` of everything that is parked, `since` which ticks; the stage to run at this one."""
-        waiting = np.bincount(stages, tokens).tolist()
+    def choose(self, waiting: Sequence[int], oldest: int, since: int, tick: int) -> int:
+        """The stage to run at this tick, of those where so many tokens are `waiting`; at the `oldest` of them something
+        has been parked for longest, since which tick."""
         there = [stage for stage, count in enumerate(waiting) if count]
         if len(there) == 1:
             return there[0]
-        oldest = int(since.argmin())
-        if tick - since[oldest] > PATIENCE:
-            return int(stages[oldest])
+        if tick - since > PATIENCE:
+            return oldest
         parked = sum(waiting)
         whole = sum(self._passed.get(final, 0.0) for final in self._final)
         share = {s: min(1.0, waiting[s] / (parked * self._reach(s, whole))) for s in there}

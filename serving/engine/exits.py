@@ -6,16 +6,19 @@ import numpy as np
 import numpy.typing as npt
 
 from models.paths import NOWHERE
+from serving.engine import columns
 from serving.engine.core import Chunk, Floats, Ints, Sequence, Tick
 from serving.engine.depth import AT_LEAST, DEFAULT_THRESHOLDS, SIGNALS, ExitReason
 from serving.engine.governor import Governor
-from serving.engine.paths import PathTable
-from serving.engine.rows import FULL_DEPTH, IDLE, MANY, Rows
+from serving.engine.paths import NO_INTS, PathTable
+from serving.engine.rows import IDLE, MANY, Rows
 
 COUNTING = SIGNALS.index("argmax")
 GOVERNED = int(ExitReason.GOVERNED)
 UNREPEATABLE = np.isin(np.arange(max(ExitReason) + 1), [GOVERNED, int(ExitReason.OUT_OF_TIME)])
 """By reason: whether another time the same policy may let the token go deeper."""
+
+NOBODY = np.zeros(0, bool)
 
 Skipped = tuple[int, Ints, Ints]
 """A stage, slots, and the depth of each: passes that rows do without."""
@@ -81,26 +84,37 @@ class Exits:
     def decide(self, tick: Tick, signals: dict[str, Floats], now: int) -> list[Skipped]:
         """Apply the depth policies: each token of the tick goes on, or leaves for where its path ends early. Returns
         what decoding rows skip by that and have to write, where tokens do."""
-        owners, nodes, places = self._tokens(tick)
-        units = np.maximum(self._before(tick), self._paths.units[places])
+        owners, _, places = self._tokens(tick)
+        units = columns.deepest(self._before(tick), places, self._paths.units)
         self._reached(tick, units)
         tick.units = units
         if tick.final:
             return []
-        exit_to = self._paths.exit_to[places]
-        leave, reasons = self._leaving(tick, owners, units, signals)
-        for slot in owners[leave & UNREPEATABLE[reasons]].tolist():
+        rows, exit_of = self._rows, self._paths.exit_to
+        leave, reasons = columns.leaving(
+            owners, places, units, self._early(tick, owners, signals), self._governed(owners),
+            exit_of, rows.floor, rows.ceiling, rows.full, rows.early, rows.capped, GOVERNED,
+        )  # fmt: skip
+        for slot in owners[UNREPEATABLE[reasons]].tolist():
             self._running[slot].tainted = True
-        leave &= exit_to != NOWHERE
-        reasons = np.where(leave, reasons, FULL_DEPTH)
+        columns.move(
+            tick.slots,
+            tick.nodes,
+            tick.places,
+            leave,
+            reasons,
+            exit_of,
+            now,
+            rows.node,
+            rows.since,
+            rows.reason,
+        )
         count = len(tick.slots)
-        self._rows.reason[tick.slots] = reasons[:count]
-        self._rows.park(tick.slots, np.where(leave, exit_to, nodes + 1)[:count], now)
         for chunk in tick.chunks:
             part = slice(count, count + len(chunk.active))
             count = part.stop
             chunk.reasons[chunk.active] = reasons[part]
-            self._move(chunk, leave[part], exit_to[part], now)
+            self._move(chunk, leave[part], exit_of[places[part]], now)
         return self._skipped(tick, leave[: len(tick.slots)]) if self._fills else []
 
     def pace(self, sequence: Sequence, seconds: float) -> None:
@@ -124,26 +138,23 @@ class Exits:
         places = self._paths.places(self._rows.path[owners], nodes) if tick.chunks else tick.places
         return owners, nodes, places
 
-    def _leaving(
-        self, tick: Tick, owners: Ints, units: Ints, signals: dict[str, Floats]
-    ) -> tuple[npt.NDArray[np.bool_], Ints]:
-        """Which tokens want to leave, and why."""
-        rows = self._rows
+    def _early(self, tick: Tick, owners: Ints, signals: dict[str, Floats]) -> columns.Bools:
+        """Which tokens have a signal that lets them leave; empty where none was asked for."""
+        if not tick.wanted:
+            return NOBODY
         early = np.zeros(len(owners), bool)
         if "argmax" in signals:
             signals = {**signals, "argmax": self._streaks(tick, signals["argmax"])}
         for name, tokens in tick.wanted.items():
-            value, threshold = signals[name], rows.threshold[owners[tokens]]
+            value, threshold = signals[name], self._rows.threshold[owners[tokens]]
             early[tokens] = value >= threshold if name in AT_LEAST else value <= threshold
-        early &= units >= rows.floor[owners]
-        capped = units >= rows.ceiling[owners]
-        reasons = np.where(early, rows.early[owners], rows.capped[owners])
-        if self._governor.shed:
-            governed = units >= self._governor.ceilings(rows.full[owners], rows.shed[owners])
-            governed &= units < rows.full[owners]
-            reasons[governed & ~early & ~capped] = GOVERNED
-            capped |= governed
-        return early | capped, reasons
+        return early
+
+    def _governed(self, owners: Ints) -> Ints:
+        """The depth at which the governor makes tokens leave; empty where it does not."""
+        if not self._governor.shed:
+            return NO_INTS
+        return self._governor.ceilings(self._rows.full[owners], self._rows.shed[owners])
 
     def _streaks(self, tick: Tick, same: Floats) -> Floats:
         """Count on, for the tokens that want it, how often in a row the prediction has stayed the same."""

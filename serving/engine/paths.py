@@ -17,7 +17,8 @@ class PathTable:
         self._paths: list[Path] = []
         self._users: list[int] = []
         self._widths = np.zeros(0, np.float32)
-        self._longest = 0
+        self.longest = 0  # places of each path
+        self.stages = 0  # that are on any of them: the highest number, and one
         self.stage = self.depth = self.occurrence = self.units = self.exit_to = (
             NO_INTS  # of models.paths.Node
         )
@@ -47,10 +48,10 @@ class PathTable:
 
     def places(self, paths: Ints, nodes: Ints) -> Ints:
         """Where these nodes of these paths are, until the next path is added."""
-        return paths * self._longest + nodes
+        return paths * self.longest + nodes
 
     def place(self, path: int, node: int) -> int:
-        return path * self._longest + node
+        return path * self.longest + node
 
     def _new(self, path: Path) -> int:
         if 0 in self._users[1:]:  # number 0 is the model's own and stays
@@ -62,16 +63,17 @@ class PathTable:
         return len(self._paths) - 1
 
     def _fill(self) -> None:
-        self._longest = max(len(path.nodes) for path in self._paths)
+        self.longest = max(len(path.nodes) for path in self._paths)
         self._widths = np.array([path.width for path in self._paths], np.float32)
         self.stage, self.depth, self.occurrence, self.units, self.exit_to = (
             self._column(name) for name in ("stage", "depth", "occurrence", "units", "exit_to")
         )
-        self.leads_to = _leads_to(self.units.reshape(-1, self._longest)).reshape(-1)
+        self.stages = int(self.stage.max()) + 1
+        self.leads_to = _leads_to(self.units.reshape(-1, self.longest)).reshape(-1)
 
     def _column(self, name: str) -> Ints:
         """Of all paths, one after the other, each as long as the longest."""
-        column = np.full((len(self._paths), self._longest), NOWHERE, np.int64)
+        column = np.full((len(self._paths), self.longest), NOWHERE, np.int64)
         for number, path in enumerate(self._paths):
             column[number, : len(path.nodes)] = [getattr(node, name) for node in path.nodes]
         return column.reshape(-1)

@@ -3,12 +3,13 @@
 import numpy as np
 import numpy.typing as npt
 
+from serving.engine.columns import FULL_DEPTH, IDLE
 from serving.engine.core import Ints
 from serving.engine.depth import ExitReason
 
-IDLE = -1
+__all__ = ["FULL_DEPTH", "IDLE", "MANY", "Rows"]
+
 MANY = 1 << 30
-FULL_DEPTH = int(ExitReason.FULL_DEPTH)
 
 Times = npt.NDArray[np.float64]
 
@@ -58,15 +59,11 @@ class Rows:
         self.streak[slots] = 0
         self.reason[slots] = FULL_DEPTH
 
-    def park(self, slots: Ints, nodes: Ints, tick: int) -> None:
-        self.node[slots] = nodes
-        self.since[slots] = tick
-
-    def held(self, slots: Ints, occurrences: Ints) -> Ints:
+    def held(self, slots: Ints, places: Ints, occurrence_of: Ints) -> Ints:
         """The slot that holds the state of each row: its own, or for a repeated layer one of its further ones."""
-        if not occurrences.any():
+        if not self.further:
             return slots
-        pairs = zip(slots.tolist(), occurrences.tolist(), strict=True)
+        pairs = zip(slots.tolist(), occurrence_of[places].tolist(), strict=True)
         return np.array([self.further[s][o] if o else s for s, o in pairs], np.int64)
 
     def drop(self, slot: int) -> None:

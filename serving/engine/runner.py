@@ -18,6 +18,7 @@ from models.depth import signals as measures
 from models.paging import PAGE, pages_for
 from models.paths import NOWHERE, Path
 from models.state import Snapshot, StatePool
+from serving.engine import columns
 from serving.engine.core import Chunk, Ints, Result, Sampled, Sequence, Tick
 from serving.engine.depth import ABOUT_PREDICTIONS, CONVERGENCE, DepthPolicy
 from serving.engine.graphs import HostCopy, StageGraphs
@@ -206,7 +207,7 @@ class TorchRunner:
         ]
         any_ghosts = any(g.any() for g in ghosts[1:])
         places = paths.places(rows.path[owners], nodes)
-        held, depths = rows.held(owners, paths.occurrence[places]), paths.depth[places]
+        held, depths = rows.held(owners, places, paths.occurrence), paths.depth[places]
         self._grow(tick.stage, held, depths, lengths)
         return Batch(
             slots=self._tensor(held),
@@ -221,14 +222,16 @@ class TorchRunner:
     def _single(self, tick: Tick, rows: Rows, paths: PathTable) -> Batch:
         """The same where no prompt is on its way: one token of each row."""
         slots, count = tick.slots, len(tick.slots)
-        held, depths = rows.held(slots, paths.occurrence[tick.places]), paths.depth[tick.places]
-        self._grow(tick.stage, held, depths, self._ones[:count])
+        held = rows.held(slots, tick.places, paths.occurrence)
+        tokens = columns.single_tokens(slots, tick.places, paths.depth, rows.position, rows.seed)
+        self._grow(tick.stage, held, tokens[0], self._ones[:count])
+        depths, positions, seeds = self._tensor(tokens).unbind(0)
         return Batch(
             slots=self._tensor(held),
-            depths=self._tensor(depths),
+            depths=depths,
             offsets=self._offsets[: count + 1],
-            positions=self._tensor(rows.position[slots]),
-            seeds=self._tensor(rows.seed[slots].view(np.int64)),
+            positions=positions,
+            seeds=seeds,
             width=self._width(paths, rows.path[slots], self._ones[:count]),
         )
 

@@ -2,14 +2,14 @@
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 
 from models.paging import PAGE, pages_for
 from models.paths import Path
+from serving.engine import columns
 from serving.engine.choice import StageChooser
-from serving.engine.core import Chunk, Ints, Request, Sequence, Tick
+from serving.engine.core import Chunk, Request, Sequence, Tick
 from serving.engine.depth import ExitReason
 from serving.engine.exits import Exits
 from serving.engine.governor import Governor
@@ -17,21 +17,10 @@ from serving.engine.news import Load
 from serving.engine.params import MAX_PRIORITY
 from serving.engine.paths import PathTable
 from serving.engine.random import derive
-from serving.engine.rows import IDLE, Rows
+from serving.engine.rows import Rows
 from serving.engine.slots import SlotPool, TokenBudget
 from serving.engine.waiting import WaitingQueue
 from serving.errors import InvalidArgumentError, OverloadedError
-
-
-class _Parked(NamedTuple):
-    """Everything that could run, first the decoding rows, then the chunks."""
-
-    slots: Ints  # of the rows
-    nodes: Ints
-    places: Ints
-    stages: Ints
-    tokens: Ints
-    since: Ints  # the tick at which each was parked
 
 
 class Scheduler:
@@ -174,17 +163,26 @@ class Scheduler:
         """Choose a stage, and everything that is parked there."""
         self._cut_chunks()
         self.governor.observe(self._waiting.oldest())
-        parked = self._parked()
-        if not len(parked.stages):
+        rows, paths = self.rows, self.paths
+        columns_of = rows.node, rows.path
+        counts, begun, since, oldest = columns.census(
+            *columns_of, rows.since, paths.stage, paths.longest, paths.stages
+        )
+        waiting = counts.tolist()
+        for chunk in self._chunks:
+            stage = self._stage_of(chunk)
+            waiting[stage] += len(chunk.passing)
+            if chunk.since < since:
+                since, oldest = chunk.since, stage
+        if oldest < 0:
             return None
         self.tick += 1
-        stage = self.chooser.choose(parked.stages, parked.tokens, parked.since, self.tick)
-        rows = parked.stages[: len(parked.slots)] == stage
-        here, nodes = parked.slots[rows], parked.nodes[rows]
+        stage = self.chooser.choose(waiting, oldest, since, self.tick)
+        here, nodes, places = columns.parked(stage, counts[stage], *columns_of, paths.stage, paths.longest)
         chunks = [chunk for chunk in self._chunks if self._stage_of(chunk) == stage]
-        waited = self.tick - 1 - self.rows.since[here]
-        tick = Tick(stage, here, nodes, parked.places[rows], chunks, stage in self._final, waited)
-        tick.refills = int((nodes == 0).sum()) if parked.nodes.any() else 0
+        waited = self.tick - 1 - rows.since[here]
+        tick = Tick(stage, here, nodes, places, chunks, stage in self._final, waited)
+        tick.refills = int((nodes == 0).sum()) if begun else 0
         if not tick.final:
             self.exits.want(tick)
         return tick
@@ -278,14 +276,3 @@ class Scheduler:
 
     def _stage_of(self, chunk: Chunk) -> int:
         return self.paths[chunk.sequence.path].nodes[chunk.node].stage
-
-    def _parked(self) -> "_Parked":
-        slots = np.flatnonzero(self.rows.node != IDLE)
-        nodes, since = self.rows.node[slots], self.rows.since[slots]
-        places = self.paths.places(self.rows.path[slots], nodes)
-        stages = self.paths.stage[places]
-        tokens = np.ones_like(slots)
-        if self._chunks:
-            waiting = [(self._stage_of(c), len(c.passing), c.since) for c in self._chunks]
-            stages, tokens, since = np.hstack([[stages, tokens, since], np.array(waiting).T])
-        return _Parked(slots, nodes, places, stages, tokens, since)

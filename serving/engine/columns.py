@@ -1,0 +1,125 @@
+"""Passes over the columns of rows and paths, compiled: a tick of a small model takes little longer than numpy takes to
+go over them a dozen times."""
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from models.paths import NOWHERE
+from serving.engine.core import Ints
+from serving.engine.depth import ExitReason
+
+IDLE = -1
+FULL_DEPTH = int(ExitReason.FULL_DEPTH)
+NEVER = (1 << 63) - 1
+
+Bools = npt.NDArray[np.bool_]
+
+
+@numba.njit(cache=True, nogil=True)
+def census(
+    node: Ints,  # [slots]
+    path: Ints,  # [slots]
+    since: Ints,  # [slots]
+    stage_of: Ints,  # [places]
+    longest: int,  # places of a path
+    stages: int,
+) -> tuple[Ints, int, int, int]:
+    """How many rows are parked at each stage [stages]; how many of all have begun their way; at which tick the one was
+    parked that has been for longest, and at which stage (-1: there is none)."""
+    counts = np.zeros(stages, np.int64)
+    begun, oldest, where = 0, NEVER, -1
+    for slot in range(node.size):
+        if node[slot] != IDLE:
+            stage = stage_of[path[slot] * longest + node[slot]]
+            counts[stage] += 1
+            begun += node[slot] > 0
+            if since[slot] < oldest:
+                oldest, where = since[slot], stage
+    return counts, begun, oldest, where
+
+
+@numba.njit(cache=True, nogil=True)
+def parked(
+    stage: int, count: int, node: Ints, path: Ints, stage_of: Ints, longest: int
+) -> tuple[Ints, Ints, Ints]:
+    """The `count` rows at a stage: their slots, nodes and places."""
+    slots, nodes, places = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.int64)
+    found = 0
+    for slot in range(node.size):
+        if node[slot] != IDLE:
+            place = path[slot] * longest + node[slot]
+            if stage_of[place] == stage:
+                slots[found], nodes[found], places[found] = slot, node[slot], place
+                found += 1
+    return slots, nodes, places
+
+
+@numba.njit(cache=True, nogil=True)
+def single_tokens(
+    slots: Ints, places: Ints, depth_of: Ints, position: Ints, seed: npt.NDArray[np.uint64]
+) -> Ints:
+    """What a batch says of decoding rows: [3, rows], their depths, positions, and the bits of their seeds."""
+    out = np.empty((3, slots.size), np.int64)
+    for i in range(slots.size):
+        out[0, i], out[1, i], out[2, i] = depth_of[places[i]], position[slots[i]], np.int64(seed[slots[i]])
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def deepest(units: Ints, places: Ints, units_of: Ints) -> Ints:
+    """How deep tokens [T] are behind the stage at these places, which were so deep before it."""
+    out = np.empty_like(units)
+    for i in range(units.size):
+        out[i] = max(units[i], units_of[places[i]])
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def leaving(
+    owners: Ints,  # [T] the slot whose policy holds
+    places: Ints,  # [T]
+    units: Ints,  # [T]
+    early: Bools,  # [T] what signals say, or [0] where none was asked for
+    governed: Ints,  # [T] depth at which the governor makes each leave, or [0] for none
+    exit_of: Ints,  # [places]
+    floor: Ints,  # [slots], as the others
+    ceiling: Ints,
+    full: Ints,
+    early_reason: Ints,
+    capped_reason: Ints,
+    governed_reason: int,
+) -> tuple[Bools, Ints]:
+    """Which tokens leave, and why each goes no deeper."""
+    leave, reasons = np.zeros(owners.size, np.bool_), np.full(owners.size, FULL_DEPTH, np.int64)
+    for i in range(owners.size):
+        slot = owners[i]
+        if exit_of[places[i]] == NOWHERE:
+            continue
+        if early.size > 0 and early[i] and units[i] >= floor[slot]:
+            leave[i], reasons[i] = True, early_reason[slot]
+        elif units[i] >= ceiling[slot]:
+            leave[i], reasons[i] = True, capped_reason[slot]
+        elif governed.size > 0 and governed[i] <= units[i] < full[slot]:
+            leave[i], reasons[i] = True, governed_reason
+    return leave, reasons
+
+
+@numba.njit(cache=True, nogil=True)
+def move(
+    slots: Ints,
+    nodes: Ints,
+    places: Ints,
+    leave: Bools,  # [at least rows], as the next
+    reasons: Ints,
+    exit_of: Ints,
+    now: int,
+    node: Ints,
+    since: Ints,
+    reason: Ints,
+) -> None:
+    """Park rows where they go on."""
+    for i in range(slots.size):
+        slot = slots[i]
+        node[slot] = exit_of[places[i]] if leave[i] else nodes[i] + 1
+        since[slot], reason[slot] = now, reasons[i]

@@ -1,6 +1,7 @@
 """Projections on CPUs: with float32 weights, sixteen bits wide where that loses nothing, or weights of eight bits, in
 blocks of channels (see blocks_numba)."""
 
+import math
 from typing import cast
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from kernels.invariance import Invariance, invariant_linear, wanted
 from kernels.library import define
-from kernels.linear.blocks_numba import FEATURES, NONE, Blocks, Matrix, project_any, to_blocks
+from kernels.linear.blocks_numba import FEATURES, NONE, Blocks, Floats, Matrix, project_any, to_blocks
 from kernels.linear.naive import linear_naive, quantize
 from kernels.pool import as_float32, inference
 
@@ -24,16 +25,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return invariant_linear(x, weight, bias) if wanted(x) else F.linear(x, weight, bias)
 
 
-def narrowed(weight: Tensor) -> Blocks:
-    """weight [N, K], float32 or int8, as an array. Of float32 weights that are numbers of bfloat16 or of float16, as
-    checkpoints in these types have them, the sixteen bits: as uint16, or int16."""
+def narrowed(weight: Tensor) -> tuple[Blocks, Floats]:
+    """weight [N, K], float32 or int8, as an array, and what it is to be multiplied by, [1] or [0] for nothing. Of
+    float32 weights that are numbers of bfloat16 or of float16, as checkpoints in these types have them, sixteen bits.
+    Those of float16 (int16 in the array) take half the instructions to widen, so weights of bfloat16 are given the
+    power of two with which they fit, which no rounding sees; where they do not fit they keep theirs (uint16)."""
     parts = weight.split(ROWS)  # A matrix that needs its 32 bits says so at once.
-    if weight.dtype is torch.float32 and weight.numel() > 0:
-        if not any((part.contiguous().view(torch.int32) & 0xFFFF).any() for part in parts):
-            return weight.bfloat16().view(torch.uint16).numpy()
-        if FEATURES.get("f16c") and all(part.half().float().equal(part) for part in parts):
-            return weight.half().view(torch.int16).numpy()
-    return weight.numpy()
+    if weight.dtype is not torch.float32 or weight.numel() == 0:
+        return weight.numpy(), NONE
+    bfloat16 = not any((part.contiguous().view(torch.int32) & 0xFFFF).any() for part in parts)
+    if FEATURES.get("f16c"):
+        power = _power(weight) if bfloat16 else 1.0
+        if all((part * power).half().float().equal(part * power) for part in parts):
+            array = torch.cat([(part * power).half() for part in parts]).view(torch.int16).numpy()
+            return array, NONE if power == 1 else np.array([1 / power], np.float32)
+    return (weight.bfloat16().view(torch.uint16).numpy() if bfloat16 else weight.numpy()), NONE
+
+
+def _power(weight: Tensor) -> float:
+    """The power of two that makes the largest weight one of the largest numbers of float16."""
+    largest = float(weight.abs().max())
+    return 2.0 ** (14 - math.frexp(largest)[1]) if 0 < largest < math.inf else 1.0
 
 
 def few_rows(x: Tensor) -> bool:
@@ -48,9 +60,10 @@ class Blocked:
 
     def __init__(self, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None):
         self.outputs = weight.shape[0]
+        array, factor = narrowed(weight.detach())
         self.matrix = Matrix(
-            to_blocks(narrowed(weight.detach())),
-            NONE if scale is None else as_float32(scale),
+            to_blocks(array),
+            factor if scale is None else as_float32(scale),
             NONE if bias is None else as_float32(bias.detach()),
         )
         self._tensors = tuple(torch.from_numpy(part) for part in self.matrix)

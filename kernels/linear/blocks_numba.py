@@ -51,7 +51,7 @@ class Matrix(NamedTuple):
     # [N', K, LANES], flat, N' = N / LANES, rounded up: float32, or the bits of bfloat16 as uint16, of float16 as int16.
     # Or int8 [N', K / 2, LANES, 2].
     blocks: Blocks
-    scale: Floats  # [N], or [0] for none
+    scale: Floats  # of eight bits, [N]; of others, [1] for all channels or [0] for none
     bias: Floats  # [N], or [0] for none
 
 
@@ -298,10 +298,13 @@ def _task(
         for j in range(count):
             y = out[r + j, channel : channel + width]
             made = sums[j * channels : j * channels + width]
-            if w.scale.size > 0:
+            if steps.size > 0:
                 step, scale = steps[r + j], w.scale[channel : channel + width]
                 for c in range(width):
                     made[c] = made[c] * (step * scale[c])
+            elif w.scale.size > 0:
+                for c in range(width):
+                    made[c] *= w.scale[0]
             if w.bias.size > 0:
                 bias = w.bias[channel : channel + width]
                 for c in range(width):

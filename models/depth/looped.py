@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kernels.depth.rows_numba import gated_rows_numba
+from kernels.pool import Floats, as_float32, inference
 from models.batch import Batch
 from models.decoder import Decoder, Stage
 from models.depth.lora import TokenDepths
@@ -68,7 +71,13 @@ class LoopedDecoder(Decoder):
         if loop.gate:
             self.early_exit_gate = Linear(embeddings.embedding_dim, 1)
             self.signals = {"gate": embeddings.embedding_dim}
+        self._gate: tuple[Floats, np.float32] | None = None  # its weights, for decoding on a CPU
         self.share_entries()
+
+    def prepare(self) -> None:
+        if self.loop.gate and self.early_exit_gate.blocked is not None:
+            weight, bias = self.early_exit_gate.weight, self.early_exit_gate.bias
+            self._gate = as_float32(weight[0]), np.float32(bias[0])
 
     def share_entries(self) -> None:
         """Where the depths share their entries, let the attention of the core know."""
@@ -108,6 +117,22 @@ class LoopedDecoder(Decoder):
     def end(self, x: Tensor, rest: Tensor) -> Tensor:
         """What the coda begins with."""
         return x
+
+    # What may have a way of its own on a CPU.
+
+    def first_rows(self, x: Tensor, batch: Batch | None) -> Tensor:
+        """`begin`, as rows [T, row_width]."""
+        return self._row(*self.begin(x, batch))
+
+    def next_rows(self, rows: Tensor, x: Tensor, batch: Batch, *kept: Tensor) -> Tensor:
+        """`leave`, as rows: of rows [T, row_width], and what a pass made of them, x [T, D]."""
+        D, gate = self.hidden_size, self._gate
+        if gate is not None and inference(x) and not kept:
+            x = self.norm(x) if self.loop.norm_each else x
+            out = np.empty((len(x), D + 1), np.float32)
+            gated_rows_numba(as_float32(rows), as_float32(x), *gate, out)
+            return torch.from_numpy(out)
+        return self._row(*self.leave(rows[:, :D], x, rows[:, D : D + self.rest], batch), *kept)
 
     def signal(self, name: str, rows: Tensor) -> Tensor:
         """As every decoder; of a gate, the probability that the token has left. What rows carry is its complement: in
@@ -152,9 +177,7 @@ class LoopedDecoder(Decoder):
 
     def embed(self, ids: Tensor) -> Tensor:
         x = super().embed(ids)
-        return (
-            self._row(x, x.new_zeros(len(x), self.rest)) if self.cores[0] else self._row(*self.begin(x, None))
-        )
+        return self._row(x, x.new_zeros(len(x), self.rest)) if self.cores[0] else self.first_rows(x, None)
 
     def run(self, stage: int, rows: Tensor, batch: Batch, states: Sequence[LayerState] | None) -> Tensor:
         """As every decoder; the last stage returns the hidden vectors alone."""
@@ -162,7 +185,7 @@ class LoopedDecoder(Decoder):
         if stage in self.cores:
             return self._pass(stage, rows, x, rest, batch, states)
         if stage < self.cores.start:
-            return self._row(*self.begin(super().run(stage, x, batch, states), batch))
+            return self.first_rows(super().run(stage, x, batch, states), batch)
         return super().run(stage, self.end(x, rest), batch, states)
 
     def fill(self, stage: int, rows: Tensor, batch: Batch, states: Sequence[LayerState]) -> None:
@@ -210,7 +233,7 @@ class LoopedDecoder(Decoder):
             given.append(y)
             y = self.layers[i](y, batch, None if states is None else states[i])
         keeping = (*given, depths[:, None].to(x.dtype)) if last_exited else ()
-        after = self._row(*self.leave(x, y, rest, batch), *keeping)
+        after = self.next_rows(rows, y, batch, *keeping)
         return after if ghosts is None else torch.where(ghosts, rows, after)
 
     def _row(self, x: Tensor, rest: Tensor, *kept: Tensor) -> Tensor:
@@ -218,7 +241,7 @@ class LoopedDecoder(Decoder):
             return x
         parts = [x, rest, *kept]
         missing = self.row_width - sum(part.shape[1] for part in parts)
-        return torch.cat([*parts, x.new_zeros(len(x), missing)], -1)
+        return torch.cat([*parts, x.new_zeros(len(x), missing)] if missing else parts, -1)
 
     def forward(self, ids: Tensor, batch: Batch) -> Tensor:
         """The full depth, from an empty state: packed ids [T] -> logits [T, vocab_size]. For training."""

@@ -12,11 +12,24 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pydantic
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from kernels.depth.rows_numba import (
+    ALONE,
+    AS_IT_IS,
+    PLAIN,
+    RESIDUAL,
+    SIGMOID,
+    TANH,
+    WEIGHTED,
+    routed_rows_numba,
+)
+from kernels.depth.step_numba import Ints
+from kernels.pool import Floats, as_float32, inference
 from models.batch import Batch
 from models.decoder import Block, Decoder
 from models.depth.base import checked
@@ -147,6 +160,10 @@ class Routers(Parted):
         return out
 
 
+GATINGS = {"residual": RESIDUAL, "weighted": WEIGHTED}
+FUNCTIONS = {"sigmoid": SIGMOID, "tanh": TANH, None: AS_IT_IS}
+
+
 class MixtureOfRecursions(LoopedDecoder):
     """What both kinds have in common."""
 
@@ -170,6 +187,8 @@ class ExpertChoice(MixtureOfRecursions):
         self.routers = Routers("routers", *router)
         self.aux_routers = Routers("aux_routers", *router) if self.expert.sampling == "aux_router" else None
         self.signals = {"router": self.hidden_size + 1}
+        self._everybody = np.array([share >= 1 for share in self.shares], np.int64)
+        self._weights: Floats | None = None  # of linear routers [R, D], for decoding on a CPU
 
     @property
     def rest(self) -> int:
@@ -191,6 +210,31 @@ class ExpertChoice(MixtureOfRecursions):
             x = before + (weight * x if self.expert.gating == "weighted" else x)
         following = (batch.token_depths + 1).clamp_max(self.loop.depths - 1)
         return x, self._route(x, following)
+
+    def prepare(self) -> None:
+        last = self.routers.last
+        if self.aux_routers is None and self.routers.first is None and last.is_cpu:
+            self._weights = as_float32(last.detach()[:, 0]) if last.dtype is torch.float32 else None
+
+    def first_rows(self, x: Tensor, batch: Batch | None) -> Tensor:
+        if self._weights is None or not inference(x) or self.row_width > self.hidden_size + self.rest:
+            return super().first_rows(x, batch)
+        return self._rows(x, x, ALONE, np.zeros(len(x), np.int64), self._weights)
+
+    def next_rows(self, rows: Tensor, x: Tensor, batch: Batch, *kept: Tensor) -> Tensor:
+        if self._weights is None or not inference(x) or kept:
+            return super().next_rows(rows, x, batch, *kept)
+        following = np.minimum(batch.token_depths.numpy() + 1, self.loop.depths - 1)
+        return self._rows(rows, x, GATINGS.get(self.expert.gating or "", PLAIN), following, self._weights)
+
+    def _rows(self, before: Tensor, x: Tensor, gating: int, following: Ints, weights: Floats) -> Tensor:
+        """`leave`, or for ALONE `begin`, on a CPU in one call."""
+        out = np.empty((len(x), self.hidden_size + self.rest), np.float32)
+        routed_rows_numba(
+            as_float32(before), as_float32(x), FUNCTIONS[self.expert.router_func], np.float32(self.expert.alpha),
+            gating, np.float32(self.mor.temp), weights, self._everybody, following, out,
+        )  # fmt: skip
+        return torch.from_numpy(out)
 
     def _route(self, x: Tensor, recursion: Tensor) -> Tensor:
         """[T, 2]: the logit for the recursion that a token stands before, and 1 where it is not to enter it."""

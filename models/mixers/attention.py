@@ -77,7 +77,8 @@ class Attention(Mixer):
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, hidden] -> q [T, heads, head_dim], k and v [T, kv_heads, head_dim], normed and rotated."""
         (made,) = self.qkv(x, (sum(self.qkv.sizes),))
-        return self.by_head(made, positions, self.heads, self.kv_heads)
+        queries = self.qkv.sizes[0] // self.head_dim  # and what lies beside them
+        return self.by_head(made, positions, queries, self.kv_heads)
 
     def by_head(
         self, made: Tensor, positions: Tensor, heads: int, kv_heads: int

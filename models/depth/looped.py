@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.depth.rows_numba import gated_rows_numba
@@ -177,7 +178,9 @@ class LoopedDecoder(Decoder):
 
     def embed(self, ids: Tensor) -> Tensor:
         x = super().embed(ids)
-        return self._row(x, x.new_zeros(len(x), self.rest)) if self.cores[0] else self.first_rows(x, None)
+        if self.cores[0]:
+            return F.pad(x, (0, self.row_width - self.hidden_size))
+        return self.first_rows(x, None)
 
     def run(self, stage: int, rows: Tensor, batch: Batch, states: Sequence[LayerState] | None) -> Tensor:
         """As every decoder; the last stage returns the hidden vectors alone."""

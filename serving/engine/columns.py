@@ -67,6 +67,30 @@ def single_tokens(
 
 
 @numba.njit(cache=True, nogil=True)
+def asking(
+    owners: Ints,  # [T]
+    nodes: Ints,  # [T]
+    places: Ints,  # [T]
+    units_of: Ints,  # [places]
+    exit_of: Ints,  # [places]
+    signal: Ints,  # [slots] that their policies look at, or IDLE
+    floor: Ints,  # [slots]
+    counting: int,
+) -> tuple[Ints, int]:
+    """The signal that decides about each token, or IDLE, and how many have one. Where a token goes the same way
+    whatever a signal says, before its floor and after the last pass, it has none, unless that counts passes."""
+    out, count = np.full(owners.size, IDLE, np.int64), 0
+    for i in range(owners.size):
+        asked, place = signal[owners[i]], places[i]
+        if asked == IDLE or exit_of[place] == NOWHERE or exit_of[place] == nodes[i] + 1:
+            continue
+        if asked == counting or units_of[place] >= floor[owners[i]]:
+            out[i] = asked
+            count += 1
+    return out, count
+
+
+@numba.njit(cache=True, nogil=True)
 def deepest(units: Ints, places: Ints, units_of: Ints) -> Ints:
     """How deep tokens [T] are behind the stage at these places, which were so deep before it."""
     out = np.empty_like(units)

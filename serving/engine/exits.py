@@ -68,18 +68,12 @@ class Exits:
         rows.early[slot], rows.capped[slot] = policy.reason, ExitReason.FIXED_DEPTH
 
     def want(self, tick: Tick) -> None:
-        """Note the signals that decide about the tokens of a tick. Where a token goes the same way whatever a signal
-        says, before its floor and after the last pass, none is computed, unless it counts passes."""
-        owners, nodes, places = self._tokens(tick)
-        signal = self._rows.signal[owners]
-        if (signal == IDLE).all():
-            return
-        above = self._paths.units[places] < self._rows.floor[owners]
-        signal[above & (signal != COUNTING)] = IDLE
-        exit_to = self._paths.exit_to[places]
-        signal[(exit_to == NOWHERE) | (exit_to == nodes + 1)] = IDLE
-        for index in sorted(set(signal.tolist()) - {IDLE}):
-            tick.wanted[SIGNALS[index]] = np.flatnonzero(signal == index)
+        """Note the signals that decide about the tokens of a tick."""
+        rows, paths = self._rows, self._paths
+        tokens = self._tokens(tick)
+        asked, count = columns.asking(*tokens, paths.units, paths.exit_to, rows.signal, rows.floor, COUNTING)
+        for index in sorted(set(asked.tolist()) - {IDLE}) if count else ():
+            tick.wanted[SIGNALS[index]] = np.flatnonzero(asked == index)
 
     def decide(self, tick: Tick, signals: dict[str, Floats], now: int) -> list[Skipped]:
         """Apply the depth policies: each token of the tick goes on, or leaves for where its path ends early. Returns

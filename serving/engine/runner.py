@@ -88,7 +88,7 @@ class TorchRunner:
         waiting = slots + 1 if len(model.stages) > 1 else 0
         self._device = model.device
         self._parked = torch.zeros(waiting, model.row_width, dtype=model.row_dtype, device=self._device)
-        self._ones = np.ones(slots, np.int64)
+        self._ones, self._everything = np.ones(slots, np.int64), np.arange(slots)
         self._offsets = torch.arange(slots + 1, device=self._device)
 
     def path(self, policy: DepthPolicy) -> Path:
@@ -332,7 +332,7 @@ class TorchRunner:
         for name, wanting in tick.wanted.items():
             index = self._tensor(at[wanting])
             if name in self.model.signals:
-                value = self.model.signal(name, after[index])
+                value = self.model.signal(name, after)[index]
             else:
                 value = self._measure(name, before, after, index, batch)
                 if first_exit is not None and name in CONVERGENCE:
@@ -341,6 +341,8 @@ class TorchRunner:
         return signals
 
     def _places(self, tick: Tick) -> Ints:
+        if not tick.chunks:
+            return self._everything[: len(tick.slots)]
         parts, first = [np.arange(len(tick.slots))], len(tick.slots)
         for chunk in tick.chunks:
             tokens = chunk.passing

@@ -75,7 +75,7 @@ class Sampler:
                 self._history[int(slots[row])].edit(adjusted[row], self._endings[int(slots[row])])
         temperature = self._temperature[slots]
         drawn = temperature > 0
-        ids = adjusted.argmax(-1).cpu().numpy()
+        ids = _likeliest(adjusted)
         if drawn.any():
             uniforms = uniform(self._seed[slots], positions)
             filtered = self._filtered[slots]
@@ -128,6 +128,11 @@ class Sampler:
             return chosen, None, None
         values, indices = logprobs.topk(min(most, self.vocab_size))
         return chosen, indices.cpu().numpy(), values.cpu().numpy()
+
+
+def _likeliest(logits: Tensor) -> Ints:
+    """logits [R, V] -> [R]. On a CPU by numpy, which takes a sixteenth of torch's time."""
+    return logits.argmax(-1).cpu().numpy() if logits.is_cuda else logits.numpy().argmax(-1)
 
 
 def _invert(probabilities: Tensor, uniforms: np.ndarray) -> Ints:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kernels.diagonal.selective import (
     MixerWeights,
+    mixer_half,
     mixer_step,
     selective,
     softplus,
@@ -17,7 +18,7 @@ from kernels.diagonal.selective import (
 from kernels.pool import as_float32
 from models.batch import Batch
 from models.config import Epsilon, ModelConfig
-from models.decoder import Block, Decoder, Mixer
+from models.decoder import Block, Decoder, Mixer, Residual
 from models.layers import Linear, RMSNorm, activation, matrices
 from models.mixers.shortconv import ShortConv
 from models.state import LayerLeaves, LayerState, Leaf, pool_of
@@ -100,6 +101,20 @@ class Mamba(Mixer):
 
     def leaves(self) -> LayerLeaves:
         return {"h": Leaf((self.N, self.inner)), "conv": self.conv.leaf()}
+
+    def with_norm(self, norm: nn.Module) -> Residual | None:
+        weights = self._step
+        if weights is None or not isinstance(norm, RMSNorm) or norm.array is None:
+            return None
+        array, eps = norm.array, norm.eps
+
+        def half(x: Tensor, batch: Batch, state: LayerState) -> Tensor:
+            if not batch.decodes_few:
+                return x + self(norm(x), batch, state)
+            pools = state["conv"], state["h"]
+            return mixer_half(x, array, eps, weights, self.rms_eps, *pools, batch.slots, batch.depths)
+
+        return half
 
     def forward(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
         if self._step is not None and state is not None and batch.decodes_few:

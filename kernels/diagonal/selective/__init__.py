@@ -7,19 +7,21 @@ from torch import Tensor
 from kernels.diagonal.selective.mixer_numba import (
     MixerWeights,
     mixer_step_numba,
-    rms_norm_numba,
     softplus_numba,
+    unweighted_rms_norm_numba,
 )
 from kernels.diagonal.selective.naive import selective_naive
 from kernels.diagonal.selective.scan import selective_scan
 from kernels.diagonal.selective.step_numba import selective_step_numba
 from kernels.diagonal.selective.train_numba import selective_train
 from kernels.library import define
-from kernels.pool import as_float32, flat
+from kernels.norm import rms_norm_numba
+from kernels.pool import Floats, as_float32, flat
 from kernels.tiles import tile
 
 __all__ = [
     "MixerWeights",
+    "mixer_half",
     "mixer_step",
     "selective",
     "selective_naive",
@@ -90,6 +92,36 @@ def mixer_step(
     return out
 
 
+def mixer_half(
+    x: Tensor,
+    norm: Floats,
+    eps: float,
+    weights: MixerWeights,
+    rms_eps: float | None,
+    conv_pool: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    depths: Tensor,
+) -> Tensor:
+    """x + mixer(norm(x)), as `mixer_step`; norm [D]. In calls of its parts, whose bits it has to have: not every batch
+    takes this way."""
+    given = as_float32(x)
+    normed, out = np.empty_like(given), np.empty_like(given)
+    rms_norm_numba(given, norm, np.float32(eps), normed)
+    mixer_step_numba(
+        normed,
+        weights,
+        np.float32(-1 if rms_eps is None else rms_eps),
+        flat(conv_pool),
+        flat(pool),
+        slots.numpy(),
+        depths.numpy(),
+        out,
+    )
+    out += given
+    return torch.from_numpy(out)
+
+
 def softplus(x: Tensor) -> Tensor:
     """log(1 + e^x) of float32 on a CPU, with the arithmetic of `mixer_step`."""
     made = np.array(as_float32(x))
@@ -100,7 +132,7 @@ def softplus(x: Tensor) -> Tensor:
 def unweighted_rms_norm(x: Tensor, eps: float) -> Tensor:
     """x [T, C] / sqrt(mean x^2 + eps), float32 on a CPU, with the arithmetic of `mixer_step`."""
     made = np.array(as_float32(x))
-    rms_norm_numba(made, np.float32(eps))
+    unweighted_rms_norm_numba(made, np.float32(eps))
     return torch.from_numpy(made)
 
 

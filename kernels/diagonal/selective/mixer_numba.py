@@ -51,7 +51,7 @@ def softplus_numba(x: Floats) -> None:
 
 
 @numba.njit(fastmath=True, error_model="numpy", cache=True, nogil=True)
-def rms_norm_numba(x: Floats, eps: float) -> None:
+def unweighted_rms_norm_numba(x: Floats, eps: float) -> None:
     wide_vectors()
     for t in range(x.shape[0]):
         row = x[t]
@@ -88,7 +88,7 @@ def mixer_step_numba(
     low, B, read = made[:, :R].copy(), made[:, R : R + N].copy(), made[:, R + N :].copy()
     if rms_eps >= 0:
         for part in (low, B, read):
-            rms_norm_numba(part, rms_eps)
+            unweighted_rms_norm_numba(part, rms_eps)
     dt = np.empty((T, C), f32)
     project(low, w.dt_proj, dt)
     softplus_numba(dt)

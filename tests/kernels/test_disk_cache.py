@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import pytest
+
+from kernels import disk_cache
 
 STEP = """
 import sys
@@ -53,3 +56,25 @@ def test_a_kernel_compiled_against_others_from_the_disk(
         file.unlink()
     run()
     run()
+
+
+def test_each_state_of_the_sources_has_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel is compiled with those that it calls: one of them may change, and its own file not."""
+    monkeypatch.setattr(disk_cache, "HERE", tmp_path)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    (tmp_path / "op").mkdir()
+    chosen = []
+    for text in ("x = 1", "x = 2"):
+        (tmp_path / "op" / "called.py").write_text(text)
+        disk_cache.use_disk_cache()
+        chosen.append(Path(numba.config.CACHE_DIR))
+        chosen[-1].mkdir(parents=True)
+    assert chosen[0] != chosen[1] and not chosen[0].exists() and chosen[1].exists()
+    disk_cache.use_disk_cache()
+    assert Path(numba.config.CACHE_DIR) == chosen[1] and chosen[1].exists()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "elsewhere"))
+    disk_cache.use_disk_cache()
+    assert Path(numba.config.CACHE_DIR).parent == tmp_path / "elsewhere" and chosen[1].exists()

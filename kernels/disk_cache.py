@@ -1,0 +1,34 @@
+"""Where numba keeps what it has compiled.
+
+It looks at a function's own file to see whether that is still true. Kernels here call each other, and what they call is
+compiled into them: after an upgrade that left a file alone, numba would go on with what another one said before. So
+there is a folder for each state of the sources.
+"""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import numba
+
+HERE = Path(__file__).parent
+
+
+def fingerprint(folder: Path) -> str:
+    """Of all sources below a folder: their names and contents."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def use_disk_cache() -> None:
+    """Below NUMBA_CACHE_DIR if that is set; otherwise beside the sources, where those of earlier ones are removed."""
+    chosen, name = os.environ.get("NUMBA_CACHE_DIR"), f"fathom-{fingerprint(HERE)}"
+    base = Path(chosen) if chosen else HERE / "__pycache__"
+    numba.config.CACHE_DIR = str(base / name)
+    if chosen or (base / name).exists():
+        return
+    for earlier in base.glob("fathom-*"):
+        shutil.rmtree(earlier, ignore_errors=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.core import Floats, Ints
+from serving.engine.draw import draw, draw_naive, invert
 from serving.engine.grammar import Matcher
 from serving.engine.params import SamplingParams
 from serving.engine.random import uniform
@@ -75,25 +76,23 @@ class Sampler:
                 self._history[int(slots[row])].edit(adjusted[row], self._endings[int(slots[row])])
         temperature = self._temperature[slots]
         drawn = temperature > 0
-        ids = _likeliest(adjusted)
+        ids = np.zeros(len(slots), np.int64) if drawn.all() else _likeliest(adjusted)
         if drawn.any():
             uniforms = uniform(self._seed[slots], positions)
             filtered = self._filtered[slots]
             for some, pick in ((drawn & ~filtered, self._draw), (drawn & filtered, self._draw_filtered)):
                 if some.any():
                     rows = np.flatnonzero(some)
-                    scaled = adjusted[torch.from_numpy(rows)] / torch.from_numpy(temperature[rows, None]).to(
-                        logits.device
-                    )
-                    ids[rows] = pick(scaled, slots[rows], uniforms[rows])
+                    chosen = adjusted if len(rows) == len(slots) else adjusted[torch.from_numpy(rows)]
+                    ids[rows] = pick(chosen, temperature[rows], slots[rows], uniforms[rows])
         for row in np.flatnonzero(edited):
             self._history[int(slots[row])].take(int(ids[row]))
         return ids, *self._log_probabilities(logits, slots, ids)
 
-    def _draw(self, logits: Tensor, slots: Ints, uniforms: np.ndarray) -> Ints:
-        return _invert(logits.softmax(-1), uniforms)
+    def _draw(self, logits: Tensor, temperature: Floats, slots: Ints, uniforms: np.ndarray) -> Ints:
+        return (draw_naive if logits.is_cuda else draw)(logits, temperature, uniforms)
 
-    def _draw_filtered(self, logits: Tensor, slots: Ints, uniforms: np.ndarray) -> Ints:
+    def _draw_filtered(self, logits: Tensor, temperature: Floats, slots: Ints, uniforms: np.ndarray) -> Ints:
         """Among the likeliest tokens only: those that top-k, top-p and min-p all leave."""
         params = [p for s in slots if (p := self._params[s]) is not None]
         column = lambda values, dtype: torch.tensor(values, dtype=dtype, device=logits.device)[:, None]  # noqa: E731
@@ -101,7 +100,7 @@ class Sampler:
         top_p = column([p.top_p for p in params], torch.float64)
         min_p = column([p.min_p for p in params], torch.float32)
         most = min(int(top_k.max()), self.vocab_size)
-        probabilities = logits.softmax(-1)
+        probabilities = (logits / torch.from_numpy(temperature).to(logits.device)[:, None]).softmax(-1)
         if most < self.vocab_size:
             values, order = probabilities.topk(most)
         else:
@@ -113,7 +112,7 @@ class Sampler:
             & (values >= min_p * values[:, :1])
         )
         kept[:, 0] = True
-        ranks = _invert(values * kept, uniforms)
+        ranks = invert(values * kept, uniforms)
         return order.gather(1, torch.from_numpy(ranks)[:, None].to(order.device)).squeeze(1).cpu().numpy()
 
     def _log_probabilities(
@@ -133,16 +132,6 @@ class Sampler:
 def _likeliest(logits: Tensor) -> Ints:
     """logits [R, V] -> [R]. On a CPU by numpy, which takes a sixteenth of torch's time."""
     return logits.argmax(-1).cpu().numpy() if logits.is_cuda else logits.numpy().argmax(-1)
-
-
-def _invert(probabilities: Tensor, uniforms: np.ndarray) -> Ints:
-    """The inverse of the cumulative distribution: weights [R, V], not necessarily normalised; u [R] -> indices [R]."""
-    cumulative = probabilities.double().cumsum(-1)
-    target = torch.from_numpy(uniforms).to(cumulative.device)[:, None] * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    # u just below 1 may be rounded up to the total: take the last token that has any probability.
-    last = (cumulative < cumulative[:, -1:]).sum(-1)
-    return torch.minimum(index, last).cpu().numpy()
 
 
 class _History:

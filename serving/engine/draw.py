@@ -28,7 +28,10 @@ def _draw(
     sums = np.empty(weights.size // GROUP, np.float64)
     for r in range(R):
         row, inverse = logits[r], np.float32(1) / temperature[r]
-        largest = row.max()
+        largest, top = row[0], 0
+        for v in range(V):
+            if row[v] > largest:
+                largest, top = row[v], v
         for v in range(V):
             below = (row[v] - largest) * inverse
             weights[v] = exp(below) if below >= LEAST else np.float32(0)
@@ -51,7 +54,7 @@ def _draw(
                 last = v
                 if at > target:
                     break
-        out[r] = last if last >= 0 else np.argmax(row)
+        out[r] = last if last >= 0 else top
 
 
 def draw(logits: Tensor, temperature: Floats, uniforms: npt.NDArray[np.float64]) -> Ints:

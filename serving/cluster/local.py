@@ -49,9 +49,6 @@ def running(config: ServeConfig, stop: threading.Event | None = None) -> Iterato
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Between proxy and gateway gRPC costs half of what Ray's object references do: every message is one.
     os.environ.setdefault("RAY_SERVE_PROXY_USE_GRPC", "1")
-    # A snapshot of a small model travels in the message itself. By default Ray puts it aside from 100 kB on, and a
-    # replica that takes over the streams of another one fetches each by itself.
-    os.environ.setdefault("RAY_max_direct_call_object_size", str(1 << 20))
 
     import ray
     from ray import serve as ray_serve

@@ -78,18 +78,7 @@ def mixer_step(
     Pools as those of `kernels.conv.conv` and `selective`; with `rms_eps`, step size, B and C are normed without
     weights (Falcon Mamba).
     """
-    out = torch.empty_like(x)
-    mixer_step_numba(
-        as_float32(x),
-        weights,
-        np.float32(-1 if rms_eps is None else rms_eps),
-        flat(conv_pool),
-        flat(pool),
-        slots.numpy(),
-        depths.numpy(),
-        out.numpy(),
-    )
-    return out
+    return torch.from_numpy(_mixed(as_float32(x), weights, rms_eps, conv_pool, pool, slots, depths))
 
 
 def mixer_half(
@@ -106,20 +95,27 @@ def mixer_half(
     """x + mixer(norm(x)), as `mixer_step`; norm [D]. In calls of its parts, whose bits it has to have: not every batch
     takes this way."""
     given = as_float32(x)
-    normed, out = np.empty_like(given), np.empty_like(given)
+    normed = np.empty_like(given)
     rms_norm_numba(given, norm, np.float32(eps), normed)
-    mixer_step_numba(
-        normed,
-        weights,
-        np.float32(-1 if rms_eps is None else rms_eps),
-        flat(conv_pool),
-        flat(pool),
-        slots.numpy(),
-        depths.numpy(),
-        out,
-    )
+    out = _mixed(normed, weights, rms_eps, conv_pool, pool, slots, depths)
     out += given
     return torch.from_numpy(out)
+
+
+def _mixed(
+    x: Floats,
+    weights: MixerWeights,
+    rms_eps: float | None,
+    conv_pool: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    depths: Tensor,
+) -> Floats:
+    out = np.empty_like(x)
+    rms = np.float32(-1 if rms_eps is None else rms_eps)
+    states = flat(conv_pool), flat(pool)
+    mixer_step_numba(x, weights, rms, *states, slots.numpy(), depths.numpy(), out)
+    return out
 
 
 def softplus(x: Tensor) -> Tensor:

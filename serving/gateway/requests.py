@@ -139,8 +139,13 @@ class Requests:
                             caller.spend(len(piece.news.ids))
                             if usage is not None:
                                 piece.news.usage = replace(usage, completion_tokens=given)
-                                if turn is not None:
-                                    await _commit(turn, prepared, texts[0], journey)
+                                try:
+                                    if turn is not None:
+                                        await _commit(turn, prepared, texts[0], journey)
+                                except RequestError:  # what cannot be kept has been said all the same
+                                    piece.news.usage = None
+                                    yield piece
+                                    raise
                             yield piece
                             if journey.finish_reason is FinishReason.DEADLINE and usage is not None:
                                 raise self._over(ask)

@@ -111,6 +111,13 @@ def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     return F.rms_norm(x.contiguous(), (size,), eps=eps / size) * size**-0.5
 
 
+def scale_of(norm: nn.Module | None) -> tuple[Floats, np.float32] | None:
+    """What kernels that norm as well are given: the weight of an RMS norm on a CPU, and its epsilon. None of others."""
+    if not isinstance(norm, RMSNorm) or norm.array is None:
+        return None
+    return norm.array, np.float32(norm.eps)
+
+
 class GroupRMSNorm(nn.Module):
     """RMS norm of each of the groups that the last dimension is cut into."""
 
@@ -241,13 +248,11 @@ class GatedMLP(nn.Module):
 
     def with_norm(self, norm: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
         """x + mlp(norm(x)) on a CPU in one call, where there is one for this norm and activation."""
-        found = matrices(self.gate_up, self.down_proj)
-        if found is None or self.activation is not F.silu:
-            return None
-        if not isinstance(norm, RMSNorm) or norm.array is None:
+        found, normed = matrices(self.gate_up, self.down_proj), scale_of(norm)
+        if found is None or normed is None or self.activation is not F.silu:
             return None
         gate_up, down = found
-        return partial(mlp_step, w=MLPWeights(norm.array, np.float32(norm.eps), gate_up, down, self.sizes[0]))
+        return partial(mlp_step, w=MLPWeights(*normed, gate_up, down, self.sizes[0]))
 
 
 def softcap(x: Tensor, cap: float | None) -> Tensor:

@@ -13,7 +13,7 @@ from kernels.pool import Floats, inference
 from models.batch import Batch
 from models.decoder import Decoder, Mixer, Residual
 from models.fla import ACTIVATIONS, NAMES, HeadsConfig, activation, decoder
-from models.layers import Linear, Packed, RMSNorm, matrices, saved_as
+from models.layers import Linear, Packed, RMSNorm, matrices, saved_as, scale_of
 from models.mixers.shortconv import ShortConv
 from models.state import LayerLeaves, LayerState, Leaf, pool_of
 
@@ -114,14 +114,19 @@ class GLA(Mixer):
 
     def with_norm(self, norm: nn.Module) -> Residual | None:
         found = matrices(self.in_proj, cast("Linear", self.gk_proj["1"]), self.o_proj)
-        if found is None or not self._plain or self.conv is not None or self.g_norm.array is None:
-            return None
-        if not isinstance(norm, RMSNorm) or norm.array is None:
+        normed, normed_heads = scale_of(norm), scale_of(self.g_norm)
+        if (
+            found is None
+            or normed is None
+            or normed_heads is None
+            or not self._plain
+            or self.conv is not None
+        ):
             return None
         in_proj, decay, out_proj = found
         f32 = np.float32
         weights = GLAWeights(
-            norm.array, f32(norm.eps), in_proj, decay, self.g_norm.array, f32(self.g_norm.eps), out_proj,
+            *normed, in_proj, decay, *normed_heads, out_proj,
             self.heads, self.qkv[1], GATE_LOW_RANK_DIM, self.gated, f32(GATE_LOGIT_NORMALIZER), f32(self.K**-0.5),
         )  # fmt: skip
         return lambda x, batch, state: gla_mixer(x, weights, state["S"], *batch.index)

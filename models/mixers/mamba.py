@@ -19,7 +19,7 @@ from kernels.pool import as_float32
 from models.batch import Batch
 from models.config import Epsilon, ModelConfig
 from models.decoder import Block, Decoder, Mixer, Residual
-from models.layers import Linear, RMSNorm, activation, matrices
+from models.layers import Linear, RMSNorm, activation, matrices, scale_of
 from models.mixers.shortconv import ShortConv
 from models.state import LayerLeaves, LayerState, Leaf, pool_of
 
@@ -103,16 +103,15 @@ class Mamba(Mixer):
         return {"h": Leaf((self.N, self.inner)), "conv": self.conv.leaf()}
 
     def with_norm(self, norm: nn.Module) -> Residual | None:
-        weights = self._step
-        if weights is None or not isinstance(norm, RMSNorm) or norm.array is None:
+        weights, normed = self._step, scale_of(norm)
+        if weights is None or normed is None:
             return None
-        array, eps = norm.array, norm.eps
 
         def half(x: Tensor, batch: Batch, state: LayerState) -> Tensor:
             if not batch.decodes_few:
                 return x + self(norm(x), batch, state)
             pools = state["conv"], state["h"]
-            return mixer_half(x, array, eps, weights, self.rms_eps, *pools, batch.slots, batch.depths)
+            return mixer_half(x, *normed, weights, self.rms_eps, *pools, batch.slots, batch.depths)
 
         return half
 

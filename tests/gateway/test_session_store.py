@@ -105,9 +105,8 @@ async def test_a_store_that_fails(tmp_path: Path, faulty: type[Faulty], code: in
         faulty.fault, faulty.reads = OSError(code, "No luck", "/secret/path"), reads
         ids, _, told = await turn(h, session_id, [4])
         assert told is grpc.StatusCode.UNAVAILABLE
-        assert len(ids) == (
-            0 if reads else 6
-        )  # a turn that cannot be kept has been said, and ends with the error
+        # A turn that cannot be kept has been said, and ends with the error.
+        assert len(ids) == (0 if reads else 6)
         session = {"session_id": session_id}
         asked = [
             ("Create", sessions_pb2.CreateSessionRequest()),

@@ -84,7 +84,7 @@ def mixer_step(
 def mixer_half(
     x: Tensor,
     norm: Floats,
-    eps: float,
+    eps: np.float32,
     weights: MixerWeights,
     rms_eps: float | None,
     conv_pool: Tensor,
@@ -96,7 +96,7 @@ def mixer_half(
     takes this way."""
     given = as_float32(x)
     normed = np.empty_like(given)
-    rms_norm_numba(given, norm, np.float32(eps), normed)
+    rms_norm_numba(given, norm, eps, normed)
     out = _mixed(normed, weights, rms_eps, conv_pool, pool, slots, depths)
     out += given
     return torch.from_numpy(out)

@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from functools import partial
 
@@ -40,7 +40,8 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
         self._loop = EngineLoop(engine, self._from_engine, partial(use_threads, spec.threads, spare=1))
         self._events = events
         self._links: dict[str, _Link] = {}  # request id -> the gateway's stream that it came from
-        self._compiling: dict[str, asyncio.Task[None]] = {}  # requests that are not ready yet
+        self._preparing: set[str] = set()  # requests that are not ready yet
+        self._preparations: set[asyncio.Task[None]] = set()
         self._server: grpc.aio.Server | None = None
         self.token = secrets.token_hex(32)
 
@@ -64,7 +65,7 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
         until = asyncio.get_running_loop().time() + timeout_s
         while asyncio.get_running_loop().time() < until:
             await asyncio.sleep(SIGN_OF_LIFE_S)  # the streams take what there is at least so often
-            if not self._links and not self._compiling:
+            if not self._links and not self._preparing:
                 break
 
     @property
@@ -73,7 +74,7 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
         return self._loop.failures < 3
 
     async def Attach(  # noqa: N802
-        self, requests: AsyncIterator[wire.Command], context: grpc.aio.ServicerContext
+        self, requests: AsyncIterator[wire.Commands], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[wire.Events]:
         """Commands up, news down; a message holds all news since the last was taken."""
         await self._authenticate(context)
@@ -108,43 +109,67 @@ class EngineReplica(engine_pb2_grpc.EngineServicer):
         if not secrets.compare_digest(str(shown), self.token):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "not a gateway of this cluster")
 
-    async def _read(self, commands: AsyncIterator[wire.Command], link: "_Link") -> None:
-        async for command in commands:
-            if command.HasField("submit"):
-                self._submit(command.submit, link)
-            elif command.HasField("cancel"):
-                index = command.cancel.index if command.cancel.HasField("index") else None
-                self._cancel(command.cancel.request_id, index)
-            elif command.HasField("refused"):
+    async def _read(self, messages: AsyncIterator[wire.Commands], link: "_Link") -> None:
+        async for commands in messages:
+            self._submit(commands.submits, link)
+            for cancel in commands.cancels:
+                self._cancel(cancel.request_id, cancel.index if cancel.HasField("index") else None)
+            if commands.refused:
                 self._loop.refused()
 
-    def _submit(self, submit: wire.Submit, link: "_Link") -> None:
-        try:
-            request = request_from(submit, self._engine.clock())
-        except RequestError as error:
-            link.put([Failed(submit.request_id, error)])
-            return
-        self._links[request.id] = link
-        if request.params.grammar is None and not request.state:
-            self._loop.submit(request)
-        else:
-            self._compiling[request.id] = asyncio.create_task(self._submit_compiled(request, link))
-
-    async def _submit_compiled(self, request: Request, link: "_Link") -> None:
-        """Submit a request after its grammar has been compiled and its snapshot read, in a thread: others need not
-        wait for it."""
-        try:
-            await asyncio.to_thread(self._engine.prepare, request)
-            if request.id in self._links:  # else it was cancelled meanwhile
+    def _submit(self, submits: Iterable[wire.Submit], link: "_Link") -> None:
+        brought = []  # that came with nothing but a snapshot to prepare
+        for submit in submits:
+            try:
+                request = request_from(submit, self._engine.clock())
+            except RequestError as error:
+                link.put([Failed(submit.request_id, error)])
+                continue
+            self._links[request.id] = link
+            if request.params.grammar is not None:
+                self._prepare([request], link)
+            elif request.state:
+                brought.append(request)
+            else:
                 self._loop.submit(request)
-        except RequestError as error:
-            self._links.pop(request.id, None)
-            link.put([Failed(request.id, error)])
-        finally:
-            del self._compiling[request.id]
+        if brought:
+            self._prepare(brought, link)
+
+    def _prepare(self, requests: list[Request], link: "_Link") -> None:
+        """Submit requests after their grammars have been compiled and their snapshots read, in a thread: others need
+        not wait for it. Those that are prepared together come to the engine together."""
+        self._preparing.update(request.id for request in requests)
+        task = asyncio.create_task(self._submit_prepared(requests, link))
+        self._preparations.add(task)
+        task.add_done_callback(self._preparations.discard)
+
+    async def _submit_prepared(self, requests: list[Request], link: "_Link") -> None:
+        errors = await asyncio.to_thread(self._prepared, requests)
+        for request, error in zip(requests, errors, strict=True):
+            self._preparing.discard(request.id)
+            if request.id not in self._links:  # it was cancelled meanwhile
+                continue
+            if error is None:
+                self._loop.submit(request)
+            else:
+                del self._links[request.id]
+                link.put([Failed(request.id, error)])
+
+    def _prepared(self, requests: list[Request]) -> list[Exception | None]:
+        """What became of each."""
+        errors: list[Exception | None] = []
+        for request in requests:
+            try:
+                self._engine.prepare(request)
+                errors.append(None)
+            except Exception as error:
+                if not isinstance(error, RequestError):
+                    log.exception("preparing a request")
+                errors.append(error)
+        return errors
 
     def _cancel(self, request_id: str, index: int | None) -> None:
-        if request_id in self._compiling:
+        if request_id in self._preparing:
             self._links.pop(request_id, None)
         else:
             self._loop.cancel(request_id, index)

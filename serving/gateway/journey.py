@@ -161,7 +161,7 @@ class Journey:
         again = isinstance(error, UnavailableError) or (isinstance(error, OverloadedError) and self.moves)
         if not (again and self._resumes):
             raise error
-        log.warning("request %s goes on elsewhere: %s", self.request.id, error)
+        log.debug("request %s goes on elsewhere: %s", self.request.id, error)
         leg.over = True
         leg.moved = [index for index in leg.indices if not self._heard[index].over]
 

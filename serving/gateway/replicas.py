@@ -1,6 +1,7 @@
 """A gateway's side of the streams to the engine replicas."""
 
 import asyncio
+import collections
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -25,6 +26,10 @@ log = logging.getLogger("fathom.gateway")
 
 SILENCE_S = 6 * SIGN_OF_LIFE_S
 """A stream that has said nothing for so long is given up: its replica, or the node under it, is gone."""
+
+
+MESSAGE_BYTES = 4 << 20
+"""Of snapshots, after which what else is to be sent goes with the next message."""
 
 
 class Mailbox:
@@ -73,7 +78,7 @@ class Replica:
         self._refused = False  # somebody, since then
         self._on_change = on_change
         self._mailboxes: dict[str, Mailbox] = {}
-        self._commands: asyncio.Queue[wire.Command] = asyncio.Queue()
+        self._outbox = _Outbox()
         self._channel = grpc.aio.insecure_channel(entry.address, STREAM_OPTIONS)
         self._stub = engine_pb2_grpc.EngineStub(self._channel)
         self._task = asyncio.create_task(self._run())
@@ -104,7 +109,7 @@ class Replica:
         """Somebody is turned away for want of room here."""
         if not self._refused:  # one for all until the next report
             self._refused = True
-            self._commands.put_nowait(wire.Command(refused=1))
+            self._outbox.refused()
 
     def submit(self, request: Request, timeout_s: float | None, some: asyncio.Event) -> Mailbox:
         """Send a request; `some` is set when there is news of it. Raises UnavailableError when the replica is
@@ -113,12 +118,12 @@ class Replica:
             raise ReplicaLostError("the replica is gone")
         mailbox = self._mailboxes[request.id] = Mailbox(some)
         self._sent += 1
-        self._commands.put_nowait(wire.Command(submit=submit_from(request, timeout_s)))
+        self._outbox.submit(submit_from(request, timeout_s))
         return mailbox
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         if self.alive:
-            self._commands.put_nowait(wire.Command(cancel=wire.Cancel(request_id=request_id, index=index)))
+            self._outbox.cancel(wire.Cancel(request_id=request_id, index=index))
 
     def forget(self, request_id: str) -> None:
         """No more news of this request is wanted."""
@@ -141,7 +146,7 @@ class Replica:
         reason = "its stream ended"
         dying = asyncio.ensure_future(death(self.entry.process))
         try:
-            stream = aiter(self._stub.Attach(self._outgoing(), metadata=self._credentials()))
+            stream = aiter(self._stub.Attach(self._outbox.messages(), metadata=self._credentials()))
             while True:
                 reading = asyncio.ensure_future(anext(stream))
                 try:
@@ -165,16 +170,13 @@ class Replica:
             dying.cancel()
             self.alive = False
             if self.description is not None:
-                log.warning("replica %s of %s is gone: %s", self.entry.replica, self.entry.model, reason)
+                gone = "replica %s of %s is gone with %d requests: %s"
+                log.warning(gone, self.entry.replica, self.entry.model, len(self._mailboxes), reason)
             for mailbox in self._mailboxes.values():
                 mailbox.fail(ReplicaLostError(f"the replica is gone: {reason}"))
             self._mailboxes.clear()
             self._on_change(self)
             await self._channel.close()
-
-    async def _outgoing(self) -> AsyncIterator[wire.Command]:
-        while True:
-            yield await self._commands.get()
 
     def _take(self, events: wire.Events) -> None:
         drained = events.load.draining and not self.load.draining
@@ -194,6 +196,45 @@ class Replica:
             mailbox = self._mailboxes.pop(failed.request_id, None)
             if mailbox is not None:
                 mailbox.fail(error_from(failed))
+
+
+class _Outbox:
+    """Commands to one replica that it has not been sent yet."""
+
+    def __init__(self) -> None:
+        self._submits: collections.deque[wire.Submit] = collections.deque()
+        self._cancels: list[wire.Cancel] = []
+        self._refused = False
+        self._some = asyncio.Event()
+
+    def submit(self, submit: wire.Submit) -> None:
+        self._submits.append(submit)
+        self._some.set()
+
+    def cancel(self, cancel: wire.Cancel) -> None:
+        self._cancels.append(cancel)
+        self._some.set()
+
+    def refused(self) -> None:
+        self._refused = True
+        self._some.set()
+
+    async def messages(self) -> AsyncIterator[wire.Commands]:
+        """All there is in a message, as soon as there is some; what is large, in several."""
+        while True:
+            await self._some.wait()
+            commands = wire.Commands(refused=self._refused)
+            size = 0
+            while self._submits and size < MESSAGE_BYTES:
+                submit = self._submits.popleft()
+                size += len(submit.state)
+                commands.submits.append(submit)
+            if not self._submits:  # else some of what is cancelled may be among them
+                commands.cancels.extend(self._cancels)
+                self._cancels.clear()
+                self._some.clear()
+            self._refused = False
+            yield commands
 
 
 async def _within(tasks: set[asyncio.Future[Any]], seconds: float) -> None:

@@ -236,8 +236,10 @@ async def test_the_engine_is_told_of_the_sooner_of_two_deadlines(
         grpc.aio.insecure_channel(address) as channel,
     ):
         (replica,), told = h.replicas, []
-        submit = replica._submit
-        monkeypatch.setattr(replica, "_submit", lambda s, link: (told.append(s.timeout_s), submit(s, link)))
+        submit, clock = replica._loop.submit, replica._engine.clock
+        monkeypatch.setattr(
+            replica._loop, "submit", lambda r: (told.append((r.deadline or 0) - clock()), submit(r))
+        )
         sampling = pb.SamplingParams(max_tokens=2)
         stub = inference_pb2_grpc.InferenceStub(channel)
         forged = (("grpc-deadline", "1"),) if client is None else ()

@@ -168,8 +168,10 @@ async def test_what_would_find_a_full_queue_is_not_sent_there(
 ) -> None:
     async with house(folder, slots=1, max_waiting=2) as h:
         replica, sent, told = h.replicas[0], [], []
-        submit = replica._submit
-        monkeypatch.setattr(replica, "_submit", lambda s, link: (sent.append(s.request_id), submit(s, link)))
+        submit = replica._loop.submit
+        monkeypatch.setattr(
+            replica._loop, "submit", lambda request: (sent.append(request.id), submit(request))
+        )
         monkeypatch.setattr(replica._loop, "refused", lambda: told.append(True))
         running = []
         for number in (1, 2, 3):  # one runs, then others wait

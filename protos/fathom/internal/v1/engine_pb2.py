@@ -24,31 +24,31 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66\x61thom/internal/v1/engine.proto\x12\x12\x66\x61thom.internal.v1\"\x83\x01\n\x07\x43ommand\x12,\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.fathom.internal.v1.SubmitH\x00\x12,\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1a.fathom.internal.v1.CancelH\x00\x12\x11\n\x07refused\x18\x03 \x01(\rH\x00\x42\t\n\x07\x63ommand\"\xcf\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x0e\n\x06params\x18\x03 \x01(\x0c\x12\r\n\x05score\x18\x04 \x01(\x08\x12\x16\n\ttimeout_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\r\n\x05\x65mbed\x18\x07 \x01(\t\x12\x0f\n\x07resumed\x18\x08 \x03(\r\x12\r\n\x05state\x18\t \x01(\x0c\x12\x0c\n\x04keep\x18\n \x01(\x08\x12\r\n\x05owner\x18\x0b \x01(\tB\x0c\n\n_timeout_s\":\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\x05index\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_index\"\xc1\x01\n\x06\x45vents\x12*\n\x06tokens\x18\x01 \x03(\x0b\x32\x1a.fathom.internal.v1.Tokens\x12-\n\x08\x66\x61ilures\x18\x02 \x03(\x0b\x32\x1b.fathom.internal.v1.Failure\x12&\n\x04load\x18\x03 \x01(\x0b\x32\x18.fathom.internal.v1.Load\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\x0c\x12\x11\n\ttokenizer\x18\x05 \x01(\x0c\x12\x0c\n\x04\x63hat\x18\x06 \x01(\x0c\"\xf5\x01\n\x06Tokens\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0b\n\x03ids\x18\x03 \x03(\r\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12\x0e\n\x06\x64\x65pths\x18\x05 \x03(\r\x12\x14\n\x0c\x65xit_reasons\x18\x06 \x03(\r\x12\x0f\n\x07top_ids\x18\x07 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x08 \x03(\x02\x12\x15\n\rfinish_reason\x18\t \x01(\t\x12\r\n\x05usage\x18\n \x01(\x0c\x12\x11\n\tembedding\x18\x0b \x03(\x02\x12\r\n\x05state\x18\x0c \x01(\x0c\x12\x14\n\x0cstate_tokens\x18\r \x01(\r\"<\n\x07\x46\x61ilure\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"~\n\x04Load\x12\r\n\x05slots\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\r\n\x05queue\x18\x05 \x01(\r\x12\r\n\x05\x63rowd\x18\x06 \x01(\t\x12\x15\n\rcrowd_waiting\x18\x07 \x01(\r\"\x10\n\x0eMetricsRequest\"\x1f\n\x0fMetricsResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xa3\x01\n\x06\x45ngine\x12\x45\n\x06\x41ttach\x12\x1b.fathom.internal.v1.Command\x1a\x1a.fathom.internal.v1.Events(\x01\x30\x01\x12R\n\x07Metrics\x12\".fathom.internal.v1.MetricsRequest\x1a#.fathom.internal.v1.MetricsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66\x61thom/internal/v1/engine.proto\x12\x12\x66\x61thom.internal.v1\"u\n\x08\x43ommands\x12+\n\x07submits\x18\x01 \x03(\x0b\x32\x1a.fathom.internal.v1.Submit\x12+\n\x07\x63\x61ncels\x18\x02 \x03(\x0b\x32\x1a.fathom.internal.v1.Cancel\x12\x0f\n\x07refused\x18\x03 \x01(\x08\"\xcf\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x0e\n\x06params\x18\x03 \x01(\x0c\x12\r\n\x05score\x18\x04 \x01(\x08\x12\x16\n\ttimeout_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\r\n\x05\x65mbed\x18\x07 \x01(\t\x12\x0f\n\x07resumed\x18\x08 \x03(\r\x12\r\n\x05state\x18\t \x01(\x0c\x12\x0c\n\x04keep\x18\n \x01(\x08\x12\r\n\x05owner\x18\x0b \x01(\tB\x0c\n\n_timeout_s\":\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\x05index\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_index\"\xc1\x01\n\x06\x45vents\x12*\n\x06tokens\x18\x01 \x03(\x0b\x32\x1a.fathom.internal.v1.Tokens\x12-\n\x08\x66\x61ilures\x18\x02 \x03(\x0b\x32\x1b.fathom.internal.v1.Failure\x12&\n\x04load\x18\x03 \x01(\x0b\x32\x18.fathom.internal.v1.Load\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\x0c\x12\x11\n\ttokenizer\x18\x05 \x01(\x0c\x12\x0c\n\x04\x63hat\x18\x06 \x01(\x0c\"\xf5\x01\n\x06Tokens\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0b\n\x03ids\x18\x03 \x03(\r\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12\x0e\n\x06\x64\x65pths\x18\x05 \x03(\r\x12\x14\n\x0c\x65xit_reasons\x18\x06 \x03(\r\x12\x0f\n\x07top_ids\x18\x07 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x08 \x03(\x02\x12\x15\n\rfinish_reason\x18\t \x01(\t\x12\r\n\x05usage\x18\n \x01(\x0c\x12\x11\n\tembedding\x18\x0b \x03(\x02\x12\r\n\x05state\x18\x0c \x01(\x0c\x12\x14\n\x0cstate_tokens\x18\r \x01(\r\"<\n\x07\x46\x61ilure\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"~\n\x04Load\x12\r\n\x05slots\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\r\n\x05queue\x18\x05 \x01(\r\x12\r\n\x05\x63rowd\x18\x06 \x01(\t\x12\x15\n\rcrowd_waiting\x18\x07 \x01(\r\"\x10\n\x0eMetricsRequest\"\x1f\n\x0fMetricsResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xa4\x01\n\x06\x45ngine\x12\x46\n\x06\x41ttach\x12\x1c.fathom.internal.v1.Commands\x1a\x1a.fathom.internal.v1.Events(\x01\x30\x01\x12R\n\x07Metrics\x12\".fathom.internal.v1.MetricsRequest\x1a#.fathom.internal.v1.MetricsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fathom.internal.v1.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COMMAND']._serialized_start=56
-  _globals['_COMMAND']._serialized_end=187
-  _globals['_SUBMIT']._serialized_start=190
-  _globals['_SUBMIT']._serialized_end=397
-  _globals['_CANCEL']._serialized_start=399
-  _globals['_CANCEL']._serialized_end=457
-  _globals['_EVENTS']._serialized_start=460
-  _globals['_EVENTS']._serialized_end=653
-  _globals['_TOKENS']._serialized_start=656
-  _globals['_TOKENS']._serialized_end=901
-  _globals['_FAILURE']._serialized_start=903
-  _globals['_FAILURE']._serialized_end=963
-  _globals['_LOAD']._serialized_start=965
-  _globals['_LOAD']._serialized_end=1091
-  _globals['_METRICSREQUEST']._serialized_start=1093
-  _globals['_METRICSREQUEST']._serialized_end=1109
-  _globals['_METRICSRESPONSE']._serialized_start=1111
-  _globals['_METRICSRESPONSE']._serialized_end=1142
-  _globals['_ENGINE']._serialized_start=1145
-  _globals['_ENGINE']._serialized_end=1308
+  _globals['_COMMANDS']._serialized_start=55
+  _globals['_COMMANDS']._serialized_end=172
+  _globals['_SUBMIT']._serialized_start=175
+  _globals['_SUBMIT']._serialized_end=382
+  _globals['_CANCEL']._serialized_start=384
+  _globals['_CANCEL']._serialized_end=442
+  _globals['_EVENTS']._serialized_start=445
+  _globals['_EVENTS']._serialized_end=638
+  _globals['_TOKENS']._serialized_start=641
+  _globals['_TOKENS']._serialized_end=886
+  _globals['_FAILURE']._serialized_start=888
+  _globals['_FAILURE']._serialized_end=948
+  _globals['_LOAD']._serialized_start=950
+  _globals['_LOAD']._serialized_end=1076
+  _globals['_METRICSREQUEST']._serialized_start=1078
+  _globals['_METRICSREQUEST']._serialized_end=1094
+  _globals['_METRICSRESPONSE']._serialized_start=1096
+  _globals['_METRICSRESPONSE']._serialized_end=1127
+  _globals['_ENGINE']._serialized_start=1130
+  _globals['_ENGINE']._serialized_end=1294
 # @@protoc_insertion_point(module_scope)

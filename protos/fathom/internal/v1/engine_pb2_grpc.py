@@ -36,7 +36,7 @@ class EngineStub:
         """
         self.Attach = channel.stream_stream(
                 '/fathom.internal.v1.Engine/Attach',
-                request_serializer=fathom_dot_internal_dot_v1_dot_engine__pb2.Command.SerializeToString,
+                request_serializer=fathom_dot_internal_dot_v1_dot_engine__pb2.Commands.SerializeToString,
                 response_deserializer=fathom_dot_internal_dot_v1_dot_engine__pb2.Events.FromString,
                 _registered_method=True)
         self.Metrics = channel.unary_unary(
@@ -66,7 +66,7 @@ def add_EngineServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Attach': grpc.stream_stream_rpc_method_handler(
                     servicer.Attach,
-                    request_deserializer=fathom_dot_internal_dot_v1_dot_engine__pb2.Command.FromString,
+                    request_deserializer=fathom_dot_internal_dot_v1_dot_engine__pb2.Commands.FromString,
                     response_serializer=fathom_dot_internal_dot_v1_dot_engine__pb2.Events.SerializeToString,
             ),
             'Metrics': grpc.unary_unary_rpc_method_handler(
@@ -100,7 +100,7 @@ class Engine:
             request_iterator,
             target,
             '/fathom.internal.v1.Engine/Attach',
-            fathom_dot_internal_dot_v1_dot_engine__pb2.Command.SerializeToString,
+            fathom_dot_internal_dot_v1_dot_engine__pb2.Commands.SerializeToString,
             fathom_dot_internal_dot_v1_dot_engine__pb2.Events.FromString,
             options,
             channel_credentials,

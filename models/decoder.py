@@ -280,7 +280,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """What the head would see of some [R] of the rows [T, row_width] that are on their way if they left now:
         [R, hidden_size], normed. Changes no state."""
-        return self.normed(rows[index, : self.hidden_size])
+        return self.normed(rows.index_select(0, index)[:, : self.hidden_size])
 
     def intermediate_logits(
         self, rows: Tensor, index: Tensor, batch: Batch, states: Sequence[LayerState] | None
@@ -291,9 +291,9 @@ class Decoder(nn.Module):
     def confidence(self, x: Tensor) -> Tensor:
         """How sure the head is of normed hidden vectors [R, D]: [R, 4] (see kernels.depth)."""
         if not x.is_cuda:
-            return torch.cat(
-                [confidence_of(self.head(rows)) for rows in x.split(max(1, AT_ONCE // self.vocab_size))]
-            )
+            most = max(1, AT_ONCE // self.vocab_size)
+            parts = [confidence_of(self.head(rows)) for rows in x.split(most)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
         head = self.embeddings if self.lm_head is None else self.lm_head
         bias = None if self.lm_head is None else self.lm_head.bias
         return cast("Tensor", confidence(x, head.weight, bias, self.logit_softcap))

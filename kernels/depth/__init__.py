@@ -116,9 +116,9 @@ def _confidence_on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: 
 
 def confidence_of(logits: Tensor) -> Tensor:
     """`confidence` where the logits [T, V] are there, on a CPU."""
-    stats, likeliest = np.empty((len(logits), 4), np.float32), np.empty(len(logits), np.int64)
-    confidence_numba(as_float32(logits), stats, likeliest)
-    return _from_stats(torch.from_numpy(stats), torch.from_numpy(likeliest))
+    rows, out = as_float32(logits), np.empty((len(logits), 4), np.float32)
+    confidence_numba(rows, rows.argmax(-1), out)
+    return torch.from_numpy(out)
 
 
 def _confidence_on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
@@ -137,25 +137,21 @@ def _confidence_on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: 
             D=D, SPLIT=SPLIT, BIAS=bias is not None, SOFTCAP=softcap is not None, BLOCK_T=16, BLOCK_V=64,
             BLOCK_D=min(64, max(16, triton.next_power_of_2(D))), num_warps=4,
         )  # fmt: skip
-    return _from_stats(*_joined(stats, likeliest))
+    (largest, second, total, weighted), at = _joined(stats, likeliest)
+    probability = 1 / total
+    lead = probability * (1 - (second - largest).exp())
+    entropy = largest + total.log() - weighted / total
+    return torch.stack([probability, lead, entropy.clamp_min(0), at.float()], -1)
 
 
-def _joined(stats: Tensor, likeliest: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the parts of the vocabulary, [T, splits, 4] and [T, splits] -> of all of it, [T, 4] and [T]."""
+def _joined(stats: Tensor, likeliest: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Of the parts of the vocabulary, [T, splits, 4] and [T, splits] -> of all of it, four [T], and [T]."""
     largest, at = stats[..., 0].max(-1, keepdim=True)
     others = stats[..., 0].scatter(1, at, float("-inf")).amax(-1, keepdim=True)
     second = torch.maximum(others, stats[..., 1].gather(1, at))
     shrunk = (stats[..., 0] - largest).exp()
     sums = (stats[..., 2:] * shrunk[..., None]).sum(1)
-    return torch.cat([largest, second, sums], -1), likeliest.gather(1, at)[:, 0]
-
-
-def _from_stats(stats: Tensor, likeliest: Tensor) -> Tensor:
-    largest, second, total, weighted = stats.unbind(-1)
-    probability = 1 / total
-    lead = probability * (1 - (second - largest).exp())
-    entropy = largest + total.log() - weighted / total
-    return torch.stack([probability, lead, entropy.clamp_min(0), likeliest.float()], -1)
+    return (largest[:, 0], second[:, 0], *sums.unbind(-1)), likeliest.gather(1, at)[:, 0]
 
 
 confidence = define(

@@ -56,27 +56,33 @@ def compact_numba(
         at[keys[t]] += 1
 
 
+@numba.njit(fastmath={"nnan", "nsz"}, nogil=True)  # without which LLVM goes through them one by one
+def _largest(logits: Floats) -> np.float32:
+    largest = np.finfo(np.float32).min
+    for x in logits:
+        if x > largest:
+            largest = x
+    return largest
+
+
 @numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, cache=True, nogil=True)
 def confidence_numba(
     logits: Floats,  # [T, V]
-    stats: Floats,  # [T, 4], written: largest logit, second, sum of exp(x - largest), sum of x exp(x - largest)
-    likeliest: Ints,  # [T], written
+    likeliest: Ints,  # [T]
+    out: Floats,  # [T, 4], written: largest probability, its lead, entropy, likeliest token
 ) -> None:
     T, V = logits.shape
     for t in numba.prange(T):
-        row = logits[t]
-        largest = second = np.finfo(np.float32).min
-        at = 0
-        for v in range(V):
-            if row[v] > largest:
-                second, largest = largest, row[v]
-                at = v
-            elif row[v] > second:
-                second = row[v]
+        row, at = logits[t], likeliest[t]
+        largest = row[at]
+        second = max(_largest(row[:at]), _largest(row[at + 1 :]))
         total = weighted = np.float32(0.0)
         for v in range(V):
             e = exp(row[v] - largest)
             total += e
             weighted += e * row[v]
-        stats[t, 0], stats[t, 1], stats[t, 2], stats[t, 3] = largest, second, total, weighted
-        likeliest[t] = at
+        probability = np.float32(1.0) / total
+        out[t, 0] = probability
+        out[t, 1] = probability * (np.float32(1.0) - exp(second - largest))
+        out[t, 2] = max(np.float32(0.0), largest + np.log(total) - weighted / total)
+        out[t, 3] = at

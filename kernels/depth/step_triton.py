@@ -75,7 +75,7 @@ def confidence_kernel(
     x_ptr,  # [T, D]
     weight_ptr,  # [V, D]
     bias_ptr,  # [V], unused without BIAS
-    stats_ptr,  # [T, splits, 4] float32: as in confidence_numba
+    stats_ptr,  # [T, splits, 4] float32: largest logit, second, sum of exp(x - largest), sum of x exp(x - largest)
     likeliest_ptr,  # [T, splits] int64
     softcap,
     T,

@@ -159,7 +159,7 @@ class Huginn(LoopedDecoder):
     ) -> Tensor:
         """As the coda would give them now; its entries of these tokens, one of a sequence, are taken back."""
         assert self.predicts_through is not None and states is not None
-        probe, rows = batch.alone(index).at_depth(0), rows[index]
+        probe, rows = batch.alone(index).at_depth(0), rows.index_select(0, index)
         x = self.end(rows[:, : self.hidden_size], rows[:, self.hidden_size :])
         for i in self.stages[self.predicts_through].layers:
             x = self.layers[i](x, probe, states[i])

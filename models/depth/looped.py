@@ -206,7 +206,7 @@ class LoopedDecoder(Decoder):
     def intermediate(
         self, rows: Tensor, index: Tensor, batch: Batch, states: Sequence[LayerState] | None
     ) -> Tensor:
-        rows = rows[index]
+        rows = rows.index_select(0, index)
         x, rest = rows[:, : self.hidden_size], rows[:, self.hidden_size : self.hidden_size + self.rest]
         return self.normed(self.end(x, rest))
 

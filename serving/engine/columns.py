@@ -147,3 +147,34 @@ def move(
         slot = slots[i]
         node[slot] = exit_of[places[i]] if leave[i] else nodes[i] + 1
         since[slot], reason[slot] = now, reasons[i]
+
+
+@numba.njit(cache=True, nogil=True)
+def skipped(
+    slots: Ints,
+    nodes: Ints,
+    places: Ints,
+    leave: Bools,  # [rows]
+    units: Ints,  # [slots], as the next
+    reach: Ints,
+    exit_of: Ints,  # [places], as the others
+    leads_to: Ints,
+    stage_of: Ints,
+    depth_of: Ints,
+) -> tuple[Ints, Ints, Ints]:
+    """The passes that leaving rows do without, as far down as later tokens of their sequences may come: the stage of
+    each, its slot, and its depth there. Those of a row rise."""
+    count = 0
+    for i in range(slots.size):
+        if leave[i] and reach[slots[i]] > units[slots[i]]:
+            count += exit_of[places[i]] - nodes[i] - 1
+    stages, whose, depths = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.int64)
+    found = 0
+    for i in range(slots.size):
+        if leave[i] and reach[slots[i]] > units[slots[i]]:
+            for further in range(1, exit_of[places[i]] - nodes[i]):
+                at = places[i] + further
+                if leads_to[at] <= reach[slots[i]]:
+                    stages[found], whose[found], depths[found] = stage_of[at], slots[i], depth_of[at]
+                    found += 1
+    return stages[:found], whose[:found], depths[:found]

@@ -194,25 +194,9 @@ class Exits:
 
     def _skipped(self, tick: Tick, leave: npt.NDArray[np.bool_]) -> list[Skipped]:
         """The passes that leaving rows do without, as far down as later tokens of their sequences may come."""
-        leave = leave & (self._rows.reach[tick.slots] > self._rows.units[tick.slots])
-        if not leave.any():
-            return []
-        slots, nodes, places = tick.slots[leave], tick.nodes[leave], tick.places[leave]
-        reach, exit_to = self._rows.reach[slots], self._paths.exit_to[places]
-        skipped: dict[int, list[tuple[Ints, Ints]]] = {}
-        for further in range(1, int((exit_to - nodes).max())):
-            there = nodes + further < exit_to
-            at = places[there] + further
-            seen = self._paths.leads_to[at] <= reach[there]
-            stages, depths = self._paths.stage[at], self._paths.depth[at]
-            for stage in np.unique(stages[seen]).tolist():
-                chosen = seen & (stages == stage)
-                skipped.setdefault(stage, []).append((slots[there][chosen], depths[chosen]))
-        return [
-            (
-                stage,
-                np.concatenate([slots for slots, _ in parts]),
-                np.concatenate([depths for _, depths in parts]),
-            )
-            for stage, parts in skipped.items()
-        ]
+        stages, slots, depths = columns.skipped(
+            tick.slots, tick.nodes, tick.places, leave, self._rows.units, self._rows.reach,
+            self._paths.exit_to, self._paths.leads_to, self._paths.stage, self._paths.depth,
+        )  # fmt: skip
+        groups = [(stage, stages == stage) for stage in np.unique(stages).tolist()]
+        return [(stage, slots[there], depths[there]) for stage, there in groups]

@@ -88,8 +88,9 @@ class TorchRunner:
         waiting = slots + 1 if len(model.stages) > 1 else 0
         self._device = model.device
         self._parked = torch.zeros(waiting, model.row_width, dtype=model.row_dtype, device=self._device)
-        self._ones, self._everything = np.ones(slots, np.int64), np.arange(slots)
-        self._offsets = torch.arange(slots + 1, device=self._device)
+        most = slots * len(model.path().nodes)  # passes of rows in one call: of each, those that it skips
+        self._ones, self._everything = np.ones(most, np.int64), np.arange(most)
+        self._offsets = torch.arange(most + 1, device=self._device)
 
     def path(self, policy: DepthPolicy) -> Path:
         return path_of(self.model, policy)
@@ -177,21 +178,15 @@ class TorchRunner:
         """Decoding rows have left early: write, at what they skip, the state that later tokens will look for.
         `skipped`: a stage, the slots, and the depth of each there. (Tokens of chunks pass along as ghosts.)"""
         for stage, slots, depths in skipped:
-            held = self._tensor(slots)
-            batch = Batch(
-                slots=held,
-                depths=self._tensor(depths),
-                offsets=torch.arange(len(slots) + 1, device=held.device),
-                positions=self._tensor(rows.position[slots]),
-                seeds=self._tensor(rows.seed[slots].view(np.int64)),
-            )
-            self._grow(stage, slots, depths, np.ones_like(slots))
-            self.model.fill(stage, self._parked.index_select(0, held), batch, self.pool.layers)
+            batch = self._single(stage, slots, slots, self._everything[: len(slots)], depths, rows)
+            self.model.fill(stage, self._parked.index_select(0, batch.slots), batch, self.pool.layers)
 
     def _batch(self, tick: Tick, rows: Rows, paths: PathTable) -> Batch:
         """What the tick works on, with room for what it appends."""
         if not tick.chunks:
-            return self._single(tick, rows, paths)
+            held = rows.held(tick.slots, tick.places, paths.occurrence)
+            width = self._width(paths, rows.path[tick.slots], self._ones[: len(held)])
+            return self._single(tick.stage, tick.slots, held, tick.places, paths.depth, rows, width)
         owners = np.concatenate([tick.slots, np.array([c.sequence.slot for c in tick.chunks], np.int64)])
         nodes = np.concatenate([tick.nodes, np.array([c.node for c in tick.chunks], np.int64)])
         tokens = [chunk.passing for chunk in tick.chunks]
@@ -219,12 +214,20 @@ class TorchRunner:
             width=self._width(paths, rows.path[owners], lengths),
         )
 
-    def _single(self, tick: Tick, rows: Rows, paths: PathTable) -> Batch:
-        """The same where no prompt is on its way: one token of each row."""
-        slots, count = tick.slots, len(tick.slots)
-        held = rows.held(slots, tick.places, paths.occurrence)
-        tokens = columns.single_tokens(slots, tick.places, paths.depth, rows.position, rows.seed)
-        self._grow(tick.stage, held, tokens[0], self._ones[:count])
+    def _single(
+        self,
+        stage: int,
+        slots: Ints,
+        held: Ints,
+        places: Ints,
+        depth_of: Ints,
+        rows: Rows,
+        width: float | Tensor = 1.0,
+    ) -> Batch:
+        """One token of each row, whose state is `held` by its slot or another one of its sequence."""
+        count = len(slots)
+        tokens = columns.single_tokens(slots, places, depth_of, rows.position, rows.seed)
+        self._grow(stage, held, tokens[0], self._ones[:count])
         depths, positions, seeds = self._tensor(tokens).unbind(0)
         return Batch(
             slots=self._tensor(held),
@@ -232,7 +235,7 @@ class TorchRunner:
             offsets=self._offsets[: count + 1],
             positions=positions,
             seeds=seeds,
-            width=self._width(paths, rows.path[slots], self._ones[:count]),
+            width=width,
         )
 
     def _width(self, paths: PathTable, of: Ints, lengths: Ints) -> float | Tensor:

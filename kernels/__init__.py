@@ -11,8 +11,9 @@ segments of one token; a prefill chunk is one segment of many.
 
 import os
 
-from kernels.disk_cache import use_disk_cache
+from kernels.disk_cache import use_disk_cache, use_own_copies
 
 # Numba and torch then share one team of OpenMP threads, rather than each spinning against the other's.
 os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
 use_disk_cache()
+use_own_copies()

@@ -78,7 +78,7 @@ class Replica:
         self._refused = False  # somebody, since then
         self._on_change = on_change
         self._mailboxes: dict[str, Mailbox] = {}
-        self._outbox = _Outbox()
+        self._outbox = Outbox()
         self._channel = grpc.aio.insecure_channel(entry.address, STREAM_OPTIONS)
         self._stub = engine_pb2_grpc.EngineStub(self._channel)
         self._task = asyncio.create_task(self._run())
@@ -198,7 +198,7 @@ class Replica:
                 mailbox.fail(error_from(failed))
 
 
-class _Outbox:
+class Outbox:
     """Commands to one replica that it has not been sent yet."""
 
     def __init__(self) -> None:

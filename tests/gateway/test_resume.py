@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from protos.fathom.internal.v1 import engine_pb2 as wire
 from serving import LLM, SamplingParams
 from serving.cluster.death import process_of
 from serving.config import GatewaySpec
 from serving.engine.core import Tick
 from serving.errors import InvalidArgumentError, UnavailableError
-from serving.gateway.replicas import SILENCE_S
+from serving.gateway.replicas import MESSAGE_BYTES, SILENCE_S, Outbox
 from serving.gateway.requests import Ask
 from tests import tiny
 from tests.gateway.harness import House, house
@@ -119,6 +120,43 @@ async def test_a_replay_is_one_chunk_of_each_stream(folder: Path) -> None:
         runner.run = noted  # type: ignore[method-assign]
         await all_streams(h, kill)
         assert chunks and len({request for request, _ in chunks}) == len(chunks)
+
+
+async def test_what_a_lost_replica_leaves_goes_to_another_in_one_message(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first ones of many keep its engine busy while the others are still on their way."""
+    async with house(folder, replicas=2, slots=16, snapshot_tokens=16) as h:
+        taken: list[int] = []
+        submit = h.replicas[1]._submit
+
+        def counted(submits: Any, link: Any) -> None:
+            taken.append(sum(bool(s.resumed) for s in submits))
+            submit(submits, link)
+
+        monkeypatch.setattr(h.replicas[1], "_submit", counted)
+        await all_streams(h, kill)
+        moved = [count for count in taken if count]
+        assert len(moved) == 1 and moved[0] > 1
+
+
+async def test_what_is_large_goes_in_several_messages_and_nothing_is_cancelled_before_it_came() -> None:
+    box = Outbox()
+    for number in range(5):
+        box.submit(wire.Submit(request_id=str(number), state=bytes(MESSAGE_BYTES // 2)))
+    box.cancel(wire.Cancel(request_id="4"))
+    box.refused()
+    messages = box.messages()
+    sent = [await anext(messages) for _ in range(3)]
+    assert [[s.request_id for s in m.submits] for m in sent] == [["0", "1"], ["2", "3"], ["4"]]
+    assert [[c.request_id for c in m.cancels] for m in sent] == [[], [], ["4"]]
+    assert [m.refused for m in sent] == [True, False, False]
+    more = asyncio.ensure_future(anext(messages))
+    await asyncio.sleep(0)
+    assert not more.done()
+    box.cancel(wire.Cancel(request_id="0"))
+    assert [c.request_id for c in (await more).cancels] == ["0"]
+    await messages.aclose()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("asked", "wait"), [(None, 64), (0, 0), (7, 7)])

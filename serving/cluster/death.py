@@ -8,8 +8,9 @@ the same namespace of process ids. Others have to wait for the end of the stream
 import asyncio
 import os
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
-LOOK_S = 0.02
+LOOK_S = 0.01
 EXITING = 0x4  # PF_EXITING of a task's flags
 
 
@@ -30,8 +31,48 @@ async def death(process: str) -> None:
         visible = False
     if not visible:
         await asyncio.Event().wait()
-    while not _ending(int(pid)):
-        await asyncio.sleep(LOOK_S)
+    try:
+        stat = os.open(
+            f"/proc/{pid}/stat", os.O_RDONLY
+        )  # of this process, also when its id has become another's
+    except OSError:
+        return
+    try:
+        await _watches.setdefault(asyncio.get_running_loop(), _Watch()).ending(stat)
+    finally:
+        os.close(stat)
+
+
+class _Watch:
+    """Looks at all processes that an event loop waits for, with one timer: waking up costs more than looking."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[asyncio.Future[None], int] = {}
+        self._looking = False
+
+    async def ending(self, stat: int) -> None:
+        """`stat`: an open file, as `_ending` reads it."""
+        loop = asyncio.get_running_loop()
+        if not self._looking:
+            self._looking = True
+            loop.call_soon(self._look)
+        ended = loop.create_future()
+        self._waiting[ended] = stat
+        try:
+            await ended
+        finally:
+            del self._waiting[ended]
+
+    def _look(self) -> None:
+        for ended, stat in self._waiting.items():
+            if not ended.done() and _ending(stat):
+                ended.set_result(None)
+        self._looking = bool(self._waiting)
+        if self._looking:
+            asyncio.get_running_loop().call_later(LOOK_S, self._look)
+
+
+_watches: WeakKeyDictionary[asyncio.AbstractEventLoop, _Watch] = WeakKeyDictionary()
 
 
 def _here() -> str:
@@ -39,9 +80,10 @@ def _here() -> str:
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
-def _ending(pid: int) -> bool:
+def _ending(stat: int) -> bool:
+    """By the /proc/PID/stat that is open there."""
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        state, *fields = os.pread(stat, 1024, 0).rpartition(b")")[2].split()
+    except (OSError, ValueError):  # it is gone
         return True
-    return state in "ZX" or bool(int(fields[5]) & EXITING)
+    return state in b"ZX" or bool(int(fields[5]) & EXITING)

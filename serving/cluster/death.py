@@ -32,9 +32,8 @@ async def death(process: str) -> None:
     if not visible:
         await asyncio.Event().wait()
     try:
-        stat = os.open(
-            f"/proc/{pid}/stat", os.O_RDONLY
-        )  # of this process, also when its id has become another's
+        # A file that stays this process's, also when its id has become another's.
+        stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
     except OSError:
         return
     try:

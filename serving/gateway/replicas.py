@@ -29,7 +29,10 @@ SILENCE_S = 6 * SIGN_OF_LIFE_S
 
 
 MESSAGE_BYTES = 4 << 20
-"""Of snapshots, after which what else is to be sent goes with the next message."""
+"""Of requests, after which what else is to be sent goes with the next message."""
+
+TOKEN_BYTES = 3
+"""Of a token in a message, about."""
 
 
 class Mailbox:
@@ -227,7 +230,7 @@ class Outbox:
             size = 0
             while self._submits and size < MESSAGE_BYTES:
                 submit = self._submits.popleft()
-                size += len(submit.state)
+                size += len(submit.state) + TOKEN_BYTES * (len(submit.prompt) + len(submit.resumed))
                 commands.submits.append(submit)
             if not self._submits:  # else some of what is cancelled may be among them
                 commands.cancels.extend(self._cancels)

@@ -84,5 +84,6 @@ def confidence_numba(
         probability = np.float32(1.0) / total
         out[t, 0] = probability
         out[t, 1] = probability * (np.float32(1.0) - exp(second - largest))
-        out[t, 2] = max(np.float32(0.0), largest + np.log(total) - weighted / total)
+        entropy = largest + np.log(total) - weighted / total
+        out[t, 2] = np.float32(0.0) if entropy < 0 else entropy  # NaN stays: nobody may leave by it
         out[t, 3] = at

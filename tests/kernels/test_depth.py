@@ -98,6 +98,14 @@ def test_confidence_at_its_ends(step: Any) -> None:
     )
 
 
+def test_nobody_leaves_by_logits_that_are_no_numbers() -> None:
+    """Neither at least so sure nor at most so unsure: NaN compares with nothing."""
+    logits = torch.randn(3, 40)
+    logits[1, 7] = float("nan")
+    measures = ops.confidence_of(logits)[:, :3]
+    assert measures[1].isnan().all() and not measures[[0, 2]].isnan().any()
+
+
 @pytest.mark.parametrize("name", ["depth_lora", "compact", "confidence"])
 def test_operators_keep_their_schemas(name: str) -> None:
     cases: dict[str, tuple[Any, ...]] = {

@@ -44,8 +44,6 @@ def use_disk_cache() -> None:
 def use_own_copies() -> None:
     """Every kernel calls its own copies of others, in the process that compiles it, too."""
     optimise = CPUCodeLibrary._optimize_final_module
-    if optimise.__module__ == __name__:
-        return
 
     def own(library: CPUCodeLibrary) -> None:
         for function in library._final_module.functions:

@@ -291,9 +291,9 @@ class Decoder(nn.Module):
     def confidence(self, x: Tensor) -> Tensor:
         """How sure the head is of normed hidden vectors [R, D]: [R, 4] (see kernels.depth)."""
         if not x.is_cuda:
-            most = max(1, AT_ONCE // self.vocab_size)
-            parts = [confidence_of(self.head(rows)) for rows in x.split(most)]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            return torch.cat(
+                [confidence_of(self.head(rows)) for rows in x.split(max(1, AT_ONCE // self.vocab_size))]
+            )
         head = self.embeddings if self.lm_head is None else self.lm_head
         bias = None if self.lm_head is None else self.lm_head.bias
         return cast("Tensor", confidence(x, head.weight, bias, self.logit_softcap))

@@ -54,9 +54,9 @@ def test_of_gla(gated: bool, weights: str, tmp_path: Path, monkeypatch: pytest.M
         block._mixed = block._fed = None
         expected, expected_state = passed(block, pool, x)
     # With eight bits inputs are rounded too: a last bit may turn one of them by a step.
-    off = 2e-3 if weights == "int8" else 1e-5
+    off, least = (2e-3, 2e-3) if weights == "int8" else (1e-5, 1e-6)
     torch.testing.assert_close(out, expected, rtol=off, atol=off)
-    torch.testing.assert_close(state, expected_state, rtol=off, atol=off)
+    torch.testing.assert_close(state, expected_state, rtol=off, atol=least)
 
 
 def test_a_skipped_layer_is_given_the_same_state(tmp_path: Path) -> None:

@@ -78,7 +78,12 @@ def mixer_step(
     Pools as those of `kernels.conv.conv` and `selective`; with `rms_eps`, step size, B and C are normed without
     weights (Falcon Mamba).
     """
-    return torch.from_numpy(_mixed(as_float32(x), weights, rms_eps, conv_pool, pool, slots, depths))
+    given = as_float32(x)
+    out = np.empty_like(given)
+    rms = np.float32(-1 if rms_eps is None else rms_eps)
+    states = flat(conv_pool), flat(pool)
+    mixer_step_numba(given, weights, rms, *states, slots.numpy(), depths.numpy(), out)
+    return torch.from_numpy(out)
 
 
 def mixer_half(
@@ -97,24 +102,8 @@ def mixer_half(
     given = as_float32(x)
     normed = np.empty_like(given)
     rms_norm_numba(given, norm, eps, normed)
-    out = _mixed(normed, weights, rms_eps, conv_pool, pool, slots, depths)
-    out += given
-    return torch.from_numpy(out)
-
-
-def _mixed(
-    x: Floats,
-    weights: MixerWeights,
-    rms_eps: float | None,
-    conv_pool: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    depths: Tensor,
-) -> Floats:
-    out = np.empty_like(x)
-    rms = np.float32(-1 if rms_eps is None else rms_eps)
-    states = flat(conv_pool), flat(pool)
-    mixer_step_numba(x, weights, rms, *states, slots.numpy(), depths.numpy(), out)
+    out = mixer_step(torch.from_numpy(normed), weights, rms_eps, conv_pool, pool, slots, depths)
+    out.numpy()[:] += given
     return out
 
 

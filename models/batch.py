@@ -2,8 +2,14 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from kernels.pool import array_of
+
+Ints = npt.NDArray[np.int64]
 
 FEW = 32
 
@@ -44,6 +50,16 @@ class Batch:
         if self.segments == self.positions.shape[0]:
             return self.depths
         return self.depths.repeat_interleave(self.offsets.diff())
+
+    @property
+    def whole(self) -> bool:
+        """Whether all tokens go through all of a layer: none is a ghost, none uses a part of its width."""
+        return self.ghosts is None and not isinstance(self.width, Tensor) and self.width == 1.0
+
+    @property
+    def arrays(self) -> tuple[Ints, Ints, Ints]:
+        """`index` as arrays of the host, for kernels of a CPU."""
+        return array_of(self.slots), array_of(self.depths), array_of(self.offsets)
 
     @property
     def index(self) -> tuple[Tensor, Tensor, Tensor]:

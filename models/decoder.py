@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kernels.depth import confidence, confidence_of
 from kernels.linear import Blocked, few_rows, linear
+from kernels.pool import Floats, array_of, as_float32, inference, tensor_of
 from models.batch import Batch
 from models.layers import GatedMLP, Linear, Parted
 from models.paths import Node, Path
@@ -25,8 +26,9 @@ AT_ONCE = 1 << 21
 """Logits that are there at a time where only the confidence of their rows is wanted."""
 
 
-Residual = Callable[[Tensor, Batch, LayerState], Tensor]
-"""x [T, D] -> x + what a part of a layer makes of it, [T, D]; the state is advanced in place."""
+Residual = Callable[[Floats, Batch, LayerState], Floats]
+"""x [T, D] -> x + what a part of a layer makes of it, [T, D]; the state is advanced in place. On a CPU, and in arrays:
+between weights that fill the caches, each of torch's operators costs a small layer some percent of its time."""
 
 
 class Mixer(nn.Module):
@@ -78,7 +80,7 @@ class Block(nn.Module):
         self.mlp_norm = mlp_norm
         self.mlp = mlp
         self._mixed: Residual | None = None  # the halves, each in one call
-        self._fed: Callable[[Tensor], Tensor] | None = None
+        self._fed: Callable[[Floats], Floats] | None = None
 
     def prepare(self) -> None:
         self._mixed = self.mixer.with_norm(self.mixer_norm)
@@ -100,15 +102,31 @@ class Block(nn.Module):
             x = self.pre_norm(x)
         few = few_rows(x)
         if self._mixed is not None and state is not None and few:
-            x = self._mixed(x, batch, state)
+            x = tensor_of(self._mixed(as_float32(x), batch, state))
         else:
             x = x + self.mixer(self.mixer_norm(x), batch, state)
         if self._fed is not None and few:
-            return self._fed(x)
+            return tensor_of(self._fed(as_float32(x)))
         if self.mlp is not None and self.mlp_norm is not None:
             h = self.mlp_norm(x)
             x = x + (self.mlp(h, batch, state) if isinstance(self.mlp, Mixer) else self.mlp(h))
         return x
+
+    @property
+    def in_halves(self) -> bool:
+        """Whether `forward` of the few rows of a CPU is `step`, in a batch that is `whole`."""
+        return type(self).forward is Block.forward and self._has_both
+
+    @property
+    def _has_both(self) -> bool:
+        both = self._mixed is not None and (self._fed is not None or self.mlp is None)
+        return both and self.pre_norm is None and not self._forward_hooks
+
+    def step(self, x: Floats, batch: Batch, state: LayerState) -> Floats:
+        """x [T, D] -> [T, D], where it is `in_halves`."""
+        assert self._mixed is not None
+        x = self._mixed(x, batch, state)
+        return x if self._fed is None else self._fed(x)
 
     def fill_flops(self) -> int:
         """Operations of `fill`, of one token."""
@@ -126,7 +144,7 @@ class Block(nn.Module):
         if self.pre_norm is not None:
             x = self.pre_norm(x)
         if self._mixed is not None and state is not None and few_rows(x):
-            self._mixed(x, batch, state)
+            self._mixed(as_float32(x), batch, state)
         else:
             self.mixer.write(self.mixer_norm(x), batch, state)
 
@@ -157,6 +175,7 @@ class Decoder(nn.Module):
         model in lower precision adds its blocks to float32, and rows are float32 between stages too."""
         super().__init__()
         self.embeddings = embeddings
+        self.vocab_size, self.hidden_size = embeddings.num_embeddings, embeddings.embedding_dim
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.lm_head = lm_head
@@ -180,8 +199,12 @@ class Decoder(nn.Module):
         self.predicts_through: int | None = None
         self.draws = False  # at random, from the seed of the sequence
         self.fills = False  # tokens that leave early write what they skip (see Batch.ghosts)
+        self._blocks: list[Block] = []  # `blocks`, once their weights are final
         self._flops: dict[int, float] = {}  # by stage
         self._growing: list[set[int]] = []  # by stage: groups of layers whose state grows
+
+    def prepare(self) -> None:
+        self._blocks = self.blocks
 
     def to_blocks(self) -> None:
         weight = self.embeddings.weight
@@ -192,14 +215,6 @@ class Decoder(nn.Module):
             and weight.dtype is torch.float32
         ):
             self.tied_head = Blocked(weight)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.embeddings.num_embeddings
-
-    @property
-    def hidden_size(self) -> int:
-        return self.embeddings.embedding_dim
 
     @property
     def row_width(self) -> int:
@@ -252,7 +267,11 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [T] -> rows [T, row_width], of the row_dtype."""
-        rows = self.embeddings(ids)
+        weight = self.embeddings.weight
+        if inference(weight):  # numpy does it in a third of the time
+            rows = tensor_of(as_float32(weight.detach()).take(array_of(ids), 0))
+        else:
+            rows = self.embeddings(ids)
         # The factor in the model's own precision, as the published code has it.
         if self.embedding_scale != 1:
             rows = rows * rows.new_tensor(self.embedding_scale)
@@ -260,11 +279,20 @@ class Decoder(nn.Module):
 
     def run(self, stage: int, rows: Tensor, batch: Batch, states: Sequence[LayerState] | None) -> Tensor:
         """Rows [T, row_width] through one stage; states are advanced in place."""
+        layers = self.stages[stage].layers
+        if states is not None and batch.whole and few_rows(rows) and self._in_halves(layers):
+            given = as_float32(rows)
+            for i in layers:
+                given = self._blocks[i].step(given, batch, states[i])
+            return tensor_of(given)
         x = rows
-        for i in self.stages[stage].layers:
+        for i in layers:
             y = self.layers[i](x, batch, None if states is None else states[i])
             x = y if batch.ghosts is None else torch.where(batch.ghosts[:, None], x, y)
         return x
+
+    def _in_halves(self, layers: range) -> bool:
+        return bool(self._blocks and layers) and all(self._blocks[i].in_halves for i in layers)
 
     def fill(self, stage: int, rows: Tensor, batch: Batch, states: Sequence[LayerState]) -> None:
         """Write the state of tokens that skip a stage, one of each segment, which left with these rows."""

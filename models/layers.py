@@ -246,7 +246,7 @@ class GatedMLP(nn.Module):
         gate, up = self.gate_up(x, self.sizes)
         return self.down_proj(self.activation(gate) * up)
 
-    def with_norm(self, norm: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
+    def with_norm(self, norm: nn.Module | None) -> Callable[[Floats], Floats] | None:
         """x + mlp(norm(x)) on a CPU in one call, where there is one for this norm and activation."""
         found, normed = matrices(self.gate_up, self.down_proj), scale_of(norm)
         if found is None or normed is None or self.activation is not F.silu:

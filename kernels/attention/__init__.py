@@ -26,7 +26,7 @@ from kernels.attention.naive import attention_naive
 from kernels.attention.scan import attend, attention_scan
 from kernels.attention.step_numba import attention_step_numba
 from kernels.library import define
-from kernels.pool import PADDING_SLOT, FlatPool, as_float32, flat
+from kernels.pool import PADDING_SLOT, FlatPool, array_of, as_float32, flat
 
 __all__ = ["attention_naive", "attention_paged", "attention_ring", "attention_scan", "attention_step"]
 
@@ -184,7 +184,7 @@ def _on_cpu(
 ) -> Tensor:
     out = np.empty((q.shape[0], q.shape[1], v_cache.shape[-1]), np.float32)
     flat_k, flat_v, flat_count = flat_cache(k_cache), flat_cache(v_cache), flat(count_pool)
-    bounds = offsets.numpy()
+    bounds = array_of(offsets)
     outgrown = attention_step_numba(
         as_float32(q),
         _stored(k, k_cache),
@@ -199,8 +199,8 @@ def _on_cpu(
         0 if tables is None else tables.shape[2],
         flat_count.data,
         flat_count,
-        slots.numpy(),
-        depths.numpy(),
+        array_of(slots),
+        array_of(depths),
         bounds,
         out,
         window or _EVERYTHING,

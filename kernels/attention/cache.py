@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.pool import PADDING_SLOT, as_float32, flat
+from kernels.pool import PADDING_SLOT, array_of, as_float32, flat
 
 Pair = tuple[Tensor, Tensor]
 
@@ -79,7 +79,7 @@ def append_each(
         flat_k, flat_v, flat_count = flat_cache(k_pages), flat_cache(v_pages), flat(count_pool)
         append_each_numba(
             as_float32(k), as_float32(v), flat_k.data, flat_v.data, flat_k, flat_v, k_pages.shape[1], flat(tables),
-            flat_count.data, flat_count, slots.numpy(), depths.numpy(),
+            flat_count.data, flat_count, array_of(slots), array_of(depths),
         )  # fmt: skip
         return
     count = count_pool[slots, depths, 0]

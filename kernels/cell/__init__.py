@@ -12,7 +12,7 @@ from kernels.cell.scan import cell_scan
 from kernels.cell.step_numba import SEGMENTS, Floats, Ints, cell_gates_numba, cell_step_numba
 from kernels.invariance import Invariance
 from kernels.library import define
-from kernels.pool import as_float32, flat
+from kernels.pool import array_of, as_float32, flat
 
 __all__ = ["KINDS", "cell", "cell_naive", "cell_scan", "cell_step"]
 
@@ -66,7 +66,7 @@ def _on_cpu(
 ) -> Tensor:
     out = np.empty((wx.shape[0], *wx.shape[2:]), np.float32)
     recurrent_bias = np.zeros(R.shape[:3], np.float32) if bias is None else as_float32(bias)
-    code, x, bounds = KINDS[kind].code, as_float32(wx), offsets.numpy()
+    code, x, bounds = KINDS[kind].code, as_float32(wx), array_of(offsets)
     begins, ends = bounds[:-1], bounds[1:]
     if _in_step(slots.shape[0], *R.shape[1:3]):
         begins, ends, slots, depths = _token_by_token(
@@ -81,8 +81,8 @@ def _on_cpu(
             recurrent_bias,
             flat_pool.data,
             flat_pool,
-            slots.numpy(),
-            depths.numpy(),
+            array_of(slots),
+            array_of(depths),
             begins,
             ends,
             out,

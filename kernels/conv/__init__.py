@@ -10,7 +10,7 @@ from kernels.conv.ring import conv_ring
 from kernels.conv.scan import conv_scan, taps_scan
 from kernels.conv.step_numba import conv_step_numba
 from kernels.library import define
-from kernels.pool import as_float32, flat
+from kernels.pool import array_of, as_float32, flat
 
 __all__ = ["conv", "conv_naive", "conv_ring", "conv_scan", "conv_step", "conv_taps", "taps_scan"]
 
@@ -100,9 +100,9 @@ def _on_cpu(
         taps,
         np.zeros(x.shape[1], np.float32) if bias is None else as_float32(bias),
         flat(pool),
-        slots.numpy(),
-        depths.numpy(),
-        offsets.numpy(),
+        array_of(slots),
+        array_of(depths),
+        array_of(offsets),
         out,
         silu,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.conv.step_numba import ring_step_numba
 from kernels.library import define
-from kernels.pool import as_float32, flat
+from kernels.pool import array_of, as_float32, flat
 
 
 def _on_cpu(
@@ -36,9 +36,9 @@ def _on_cpu(
         flat_pool,
         flat_cursor.data,
         flat_cursor,
-        slots.numpy(),
-        depths.numpy(),
-        offsets.numpy(),
+        array_of(slots),
+        array_of(depths),
+        array_of(offsets),
         out,
         R,
         dilation,

@@ -11,7 +11,7 @@ from kernels.delta.scan import delta_scan, dplr_scan
 from kernels.delta.step_numba import delta_step_numba
 from kernels.delta.train_numba import delta_train, dplr_train
 from kernels.library import define
-from kernels.pool import as_float32, flat
+from kernels.pool import array_of, as_float32, flat
 from kernels.tiles import tile
 
 __all__ = [
@@ -118,9 +118,9 @@ def _on_cpu(
         _NONE_3D if a is None else as_float32(a),
         _NONE_3D if b is None else as_float32(b),
         flat(pool),
-        slots.numpy(),
-        depths.numpy(),
-        offsets.numpy(),
+        array_of(slots),
+        array_of(depths),
+        array_of(offsets),
         out,
         np.float32(scale),
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.depth.naive import compact_naive, confidence_naive, depth_lora_naive
 from kernels.depth.step_numba import compact_numba, confidence_numba, depth_lora_numba
 from kernels.library import define
-from kernels.pool import as_float32
+from kernels.pool import array_of, as_float32
 
 __all__ = [
     "compact", "compact_naive", "confidence", "confidence_naive", "confidence_of", "depth_lora",
@@ -50,7 +50,7 @@ def _bounds(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 def _lora_on_cpu(x: Tensor, A: Tensor, B: Tensor, depths: Tensor, sizes: list[int]) -> Tensor:
     out = np.empty((x.shape[0], B.shape[1]), np.float32)
     bounds = _bounds(tuple(sizes), x.device).numpy()
-    depth_lora_numba(as_float32(x), as_float32(A), as_float32(B), depths.numpy(), bounds, out)
+    depth_lora_numba(as_float32(x), as_float32(A), as_float32(B), array_of(depths), bounds, out)
     return torch.from_numpy(out).to(x.dtype)
 
 

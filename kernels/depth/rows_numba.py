@@ -18,13 +18,13 @@ ALONE, RESIDUAL, WEIGHTED, PLAIN = 0, 1, 2, 3
 def routed_rows_numba(
     before: Floats,  # [T, at least D + 1]: rows as the recursion was given them, hidden vector and logit
     x: Floats,  # [T, D]: what it made of them
+    depths: Ints,  # [T]: the recursion that each has been through; unless ALONE
     function: int,
     alpha: np.float32,
     gating: int,
     temperature: np.float32,
     routers: Floats,  # [R, D]
     everybody: Ints,  # [R]: 1 where a recursion takes every token
-    following: Ints,  # [T]: the recursion that each stands before now
     out: Floats,  # [T, D + 2]: hidden vector, logit, and 1 where the token is not to enter
 ) -> None:
     wide_vectors()
@@ -49,12 +49,13 @@ def routed_rows_numba(
             given, share = before[t, :D], weight if gating == WEIGHTED else np.float32(1)
             for i in range(D):
                 y[i] = given[i] + share * made[i]
-        router, logit = routers[following[t]], np.float32(0)
+        following = 0 if gating == ALONE else min(depths[t] + 1, routers.shape[0] - 1)
+        router, logit = routers[following], np.float32(0)
         for i in range(D):
             logit += router[i] * y[i]
         logit /= temperature
         y[D] = logit
-        y[D + 1] = np.float32(0) if logit >= 0 or everybody[following[t]] else np.float32(1)
+        y[D + 1] = np.float32(0) if logit >= 0 or everybody[following] else np.float32(1)
 
 
 @numba.njit(fastmath=True, error_model="numpy", cache=True, nogil=True)

@@ -5,13 +5,11 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
-import torch
-from torch import Tensor
 
 from kernels.gated import silu_product_numba
 from kernels.linear.blocks_numba import Matrix, project_any
 from kernels.norm import rms_norm_numba
-from kernels.pool import Floats, as_float32
+from kernels.pool import Floats
 
 
 class MLPWeights(NamedTuple):
@@ -43,8 +41,8 @@ def mlp_step_numba(
             y[i] += row[i]
 
 
-def mlp_step(x: Tensor, w: MLPWeights) -> Tensor:
-    """x [T, D] of float32 on a CPU -> [T, D]."""
-    out = np.empty(x.shape, np.float32)
-    mlp_step_numba(as_float32(x), w, out)
-    return torch.from_numpy(out)
+def mlp_step(x: Floats, w: MLPWeights) -> Floats:
+    """x [T, D] -> [T, D]."""
+    out = np.empty_like(x)
+    mlp_step_numba(x, w, out)
+    return out

@@ -9,7 +9,7 @@ from kernels.outer.naive import outer_naive
 from kernels.outer.scan import outer_scan
 from kernels.outer.step_numba import outer_step_numba
 from kernels.outer.train_numba import outer_train
-from kernels.pool import as_float32, flat
+from kernels.pool import array_of, as_float32, flat
 from kernels.tiles import tile
 
 __all__ = ["outer", "outer_naive", "outer_scan", "outer_step", "outer_train"]
@@ -80,9 +80,9 @@ def _on_cpu(
         decay,
         _NONE_2D if bonus is None else as_float32(bonus),
         flat(pool),
-        slots.numpy(),
-        depths.numpy(),
-        offsets.numpy(),
+        array_of(slots),
+        array_of(depths),
+        array_of(offsets),
         out,
         H,
         np.float32(scale),

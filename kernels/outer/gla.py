@@ -5,14 +5,13 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
-import torch
 from torch import Tensor
 
 from kernels.fastmath import exp, silu, softplus
 from kernels.linear.blocks_numba import Matrix, project_any
 from kernels.norm import rms_norm_numba
 from kernels.outer.step_numba import Floats, Ints
-from kernels.pool import FlatPool, as_float32, flat
+from kernels.pool import FlatPool, array_of, as_float32, flat, tensor_of
 
 
 @numba.njit(parallel=True, fastmath=True, error_model="numpy", cache=True, nogil=True)
@@ -89,16 +88,16 @@ def gla_step(
         gate_at,
         weight,
         flat(pool),
-        slots.numpy(),
-        depths.numpy(),
-        offsets.numpy(),
+        array_of(slots),
+        array_of(depths),
+        array_of(offsets),
         out,
         H,
         np.float32(normalizer),
         np.float32(scale),
         np.float32(eps),
     )
-    return torch.from_numpy(out)
+    return tensor_of(out)
 
 
 class GLAWeights(NamedTuple):
@@ -155,11 +154,9 @@ def gla_mixer_numba(
             y[i] += row[i]
 
 
-def gla_mixer(
-    x: Tensor, w: GLAWeights, pool: Tensor, slots: Tensor, depths: Tensor, offsets: Tensor
-) -> Tensor:
-    """x + mixer(norm(x)) of a whole mixer, in one call: x [T, D] -> [T, D], float32 on a CPU; the pool is advanced in
+def gla_mixer(x: Floats, w: GLAWeights, pool: Tensor, slots: Ints, depths: Ints, offsets: Ints) -> Floats:
+    """x + mixer(norm(x)) of a whole mixer, in one call: x [T, D] -> [T, D]; the pool, on a CPU, is advanced in
     place."""
-    out = np.empty(x.shape, np.float32)
-    gla_mixer_numba(as_float32(x), w, flat(pool), slots.numpy(), depths.numpy(), offsets.numpy(), out)
-    return torch.from_numpy(out)
+    out = np.empty_like(x)
+    gla_mixer_numba(x, w, flat(pool), slots, depths, offsets, out)
+    return out

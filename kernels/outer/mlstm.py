@@ -22,7 +22,7 @@ from kernels.library import define
 from kernels.outer import outer, outer_scan
 from kernels.outer.step_numba import mlstm_normalise_numba
 from kernels.packing import pad, unpad
-from kernels.pool import as_float32, flat
+from kernels.pool import array_of, as_float32, flat
 
 __all__ = ["mlstm", "mlstm_naive", "mlstm_normalise", "mlstm_scan"]
 
@@ -150,7 +150,7 @@ def _on_cpu(
     g_out = np.empty(i.shape, np.float32)
     mlstm_normalise_numba(
         as_float32(q), as_float32(k), as_float32(i), as_float32(f), flat(n_pool), flat(m_pool),
-        slots.numpy(), depths.numpy(), offsets.numpy(), q_out, k_out, g_out,
+        array_of(slots), array_of(depths), array_of(offsets), q_out, k_out, g_out,
         np.float32(scale), np.float32(eps),
     )  # fmt: skip
     return torch.from_numpy(q_out), torch.from_numpy(k_out), torch.from_numpy(g_out)

@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels.library import define
 from kernels.outer.plstm_numba import plstm_step_numba
 from kernels.packing import pad, unpad
-from kernels.pool import as_float32, flat
+from kernels.pool import array_of, as_float32, flat
 
 __all__ = ["plstm", "plstm_naive", "plstm_scan", "plstm_step"]
 
@@ -127,7 +127,7 @@ def _on_cpu(
     out = np.empty((p.shape[0], p.shape[1], p.shape[2], w.shape[4]), np.float32)
     plstm_step_numba(
         as_float32(p), as_float32(k), as_float32(w), as_float32(transition), flat(pool),
-        slots.numpy(), depths.numpy(), offsets.numpy(), out,
+        array_of(slots), array_of(depths), array_of(offsets), out,
     )  # fmt: skip
     return torch.from_numpy(out)
 

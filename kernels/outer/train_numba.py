@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.pool import as_float32
+from kernels.pool import array_of, as_float32
 
 Floats = npt.NDArray[np.float32]
 
@@ -89,7 +89,7 @@ class _Outer(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, offsets: Tensor) -> Tensor:
         q, k, v, decay = (x.detach().float().contiguous() for x in (q, k, v, g.detach().exp()))
         out = torch.empty_like(v)
-        _forward(q.numpy(), k.numpy(), v.numpy(), decay.numpy(), offsets.numpy(), out.numpy())
+        _forward(q.numpy(), k.numpy(), v.numpy(), decay.numpy(), array_of(offsets), out.numpy())
         ctx.save_for_backward(q, k, v, decay, offsets)
         return out
 

@@ -4,7 +4,7 @@ import numba
 import numpy as np
 from torch import Tensor
 
-from kernels.pool import Floats
+from kernels.pool import Floats, array_of
 
 __all__ = ["rotate_"]
 
@@ -37,4 +37,4 @@ def rotate_(x: Tensor, positions: Tensor, frequencies: Tensor, heads: int, D: in
     """Turn the pairs of the first `heads` heads of x [T, at least heads * D], which lie half of the turned channels
     apart or side by side, by positions [T] times frequencies [turned / 2]. float32 on a CPU, contiguous."""
     apart, step = (1, 2) if interleaved else (frequencies.shape[0], 1)
-    _rotate(x.numpy(), positions.numpy(), frequencies.numpy(), heads, D, apart, step)
+    _rotate(x.numpy(), array_of(positions), frequencies.numpy(), heads, D, apart, step)

@@ -148,11 +148,11 @@ class Huginn(LoopedDecoder):
             seeds = seeds.repeat_interleave(batch.offsets.diff())
         return (truncated_normal(seeds, batch.positions, x.shape[1]) * self.start_scale).to(x.dtype), x
 
-    def enter(self, x: Tensor, rest: Tensor, batch: Batch) -> Tensor:
-        return self.adapter(torch.cat([x, rest], -1))
+    def enter(self, rows: Tensor, batch: Batch) -> Tensor:
+        return self.adapter(torch.cat([self.hidden(rows), self.beside(rows)], -1))
 
-    def end(self, x: Tensor, rest: Tensor) -> Tensor:
-        return self.norm(x)
+    def end(self, rows: Tensor) -> Tensor:
+        return self.norm(self.hidden(rows))
 
     def intermediate(
         self, rows: Tensor, index: Tensor, batch: Batch, states: Sequence[LayerState] | None
@@ -160,7 +160,7 @@ class Huginn(LoopedDecoder):
         """As the coda would give them now; its entries of these tokens, one of a sequence, are taken back."""
         assert self.predicts_through is not None and states is not None
         probe, rows = batch.alone(index).at_depth(0), rows.index_select(0, index)
-        x = self.end(rows[:, : self.hidden_size], rows[:, self.hidden_size :])
+        x = self.end(rows)
         for i in self.stages[self.predicts_through].layers:
             x = self.layers[i](x, probe, states[i])
             states[i]["count"][probe.slots, 0] -= 1

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.depth.rows_numba import gated_rows_numba
-from kernels.pool import Floats, as_float32, inference
+from kernels.linear import few_rows
+from kernels.pool import Floats, array_of, as_float32, inference, tensor_of
 from models.batch import Batch
 from models.decoder import Decoder, Stage
 from models.depth.lora import TokenDepths
@@ -76,6 +76,7 @@ class LoopedDecoder(Decoder):
         self.share_entries()
 
     def prepare(self) -> None:
+        super().prepare()
         if self.loop.gate and self.early_exit_gate.blocked is not None:
             weight, bias = self.early_exit_gate.weight, self.early_exit_gate.bias
             self._gate = as_float32(weight[0]), np.float32(bias[0])
@@ -102,9 +103,9 @@ class LoopedDecoder(Decoder):
             rest[:] = 1.0
         return x, rest
 
-    def enter(self, x: Tensor, rest: Tensor, batch: Batch) -> Tensor:
-        """What a pass begins with."""
-        return x
+    def enter(self, rows: Tensor, batch: Batch) -> Tensor:
+        """What a pass of rows [T, row_width] begins with, [T, D]."""
+        return self.hidden(rows)
 
     def leave(self, before: Tensor, x: Tensor, rest: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """After a pass that had begun with the rows `before` [T, D]: x, rest."""
@@ -115,9 +116,9 @@ class LoopedDecoder(Decoder):
             rest = (rest.float() * stays).to(x.dtype)
         return x, rest
 
-    def end(self, x: Tensor, rest: Tensor) -> Tensor:
-        """What the coda begins with."""
-        return x
+    def end(self, rows: Tensor) -> Tensor:
+        """What the coda of rows [T, row_width] begins with, [T, D]."""
+        return self.hidden(rows)
 
     # What may have a way of its own on a CPU.
 
@@ -132,8 +133,8 @@ class LoopedDecoder(Decoder):
             x = self.norm(x) if self.loop.norm_each else x
             out = np.empty((len(x), D + 1), np.float32)
             gated_rows_numba(as_float32(rows), as_float32(x), *gate, out)
-            return torch.from_numpy(out)
-        return self._row(*self.leave(rows[:, :D], x, rows[:, D : D + self.rest], batch), *kept)
+            return tensor_of(out)
+        return self._row(*self.leave(rows[:, :D], x, self.beside(rows), batch), *kept)
 
     def signal(self, name: str, rows: Tensor) -> Tensor:
         """As every decoder; of a gate, the probability that the token has left. What rows carry is its complement: in
@@ -142,6 +143,18 @@ class LoopedDecoder(Decoder):
         return 1 - value if name == "gate" else value
 
     # What they have in common.
+
+    def hidden(self, rows: Tensor) -> Tensor:
+        """Of rows [T, row_width], [T, D]."""
+        if rows.shape[1] == self.hidden_size:
+            return rows
+        if few_rows(rows):
+            return tensor_of(np.ascontiguousarray(array_of(rows)[:, : self.hidden_size]))
+        return rows[:, : self.hidden_size]
+
+    def beside(self, rows: Tensor) -> Tensor:
+        """Their columns `rest`."""
+        return rows[:, self.hidden_size : self.hidden_size + self.rest]
 
     @property
     def row_width(self) -> int:
@@ -177,19 +190,17 @@ class LoopedDecoder(Decoder):
         return appended
 
     def embed(self, ids: Tensor) -> Tensor:
+        """As every decoder; before a prelude, the hidden vectors alone, which is all that it looks at."""
         x = super().embed(ids)
-        if self.cores[0]:
-            return F.pad(x, (0, self.row_width - self.hidden_size))
-        return self.first_rows(x, None)
+        return x if self.cores[0] else self.first_rows(x, None)
 
     def run(self, stage: int, rows: Tensor, batch: Batch, states: Sequence[LayerState] | None) -> Tensor:
         """As every decoder; the last stage returns the hidden vectors alone."""
-        x, rest = rows[:, : self.hidden_size], rows[:, self.hidden_size : self.hidden_size + self.rest]
         if stage in self.cores:
-            return self._pass(stage, rows, x, rest, batch, states)
+            return self._pass(stage, rows, batch, states)
         if stage < self.cores.start:
-            return self.first_rows(super().run(stage, x, batch, states), batch)
-        return super().run(stage, self.end(x, rest), batch, states)
+            return self.first_rows(super().run(stage, self.hidden(rows), batch, states), batch)
+        return super().run(stage, self.end(rows), batch, states)
 
     def fill(self, stage: int, rows: Tensor, batch: Batch, states: Sequence[LayerState]) -> None:
         """As every decoder; with `last_exited`, each layer is given what it was given last, at the depth of then."""
@@ -206,30 +217,24 @@ class LoopedDecoder(Decoder):
     def intermediate(
         self, rows: Tensor, index: Tensor, batch: Batch, states: Sequence[LayerState] | None
     ) -> Tensor:
-        rows = rows.index_select(0, index)
-        x, rest = rows[:, : self.hidden_size], rows[:, self.hidden_size : self.hidden_size + self.rest]
-        return self.normed(self.end(x, rest))
+        return self.normed(self.end(rows.index_select(0, index)))
 
-    def _pass(
-        self,
-        stage: int,
-        rows: Tensor,
-        x: Tensor,
-        rest: Tensor,
-        batch: Batch,
-        states: Sequence[LayerState] | None,
-    ) -> Tensor:
+    def _pass(self, stage: int, rows: Tensor, batch: Batch, states: Sequence[LayerState] | None) -> Tensor:
         """One pass through a core. Ghosts give each layer what they gave it last, or their hidden vector."""
         depths = batch.token_depths
-        ghosts = None if batch.ghosts is None else batch.ghosts[:, None]
         last_exited = self.loop.skipped == "last_exited"
+        if batch.ghosts is None and not last_exited:
+            self.token_depths.value = depths
+            y = super().run(stage, self.enter(rows, batch), batch, states)
+            return self.next_rows(rows, y, batch)
+        ghosts = None if batch.ghosts is None else batch.ghosts[:, None]
         kept = None
         if last_exited:
             kept = rows[:, self.hidden_size + self.rest : -1].unflatten(-1, (-1, self.hidden_size))
             if batch.ghosts is not None:
                 depths = torch.where(batch.ghosts, rows[:, -1].long(), depths)
         self.token_depths.value = depths
-        y, given = self.enter(x, rest, batch), []
+        x, y, given = rows[:, : self.hidden_size], self.enter(rows, batch), []
         for j, i in enumerate(self.stages[stage].layers):
             if ghosts is not None:
                 y = torch.where(ghosts, x if kept is None else kept[:, j], y)

@@ -29,7 +29,7 @@ from kernels.depth.rows_numba import (
     routed_rows_numba,
 )
 from kernels.depth.step_numba import Ints
-from kernels.pool import Floats, as_float32, inference
+from kernels.pool import array_of, as_float32, inference, tensor_of
 from models.batch import Batch
 from models.decoder import Block, Decoder
 from models.depth.base import checked
@@ -162,6 +162,7 @@ class Routers(Parted):
 
 GATINGS = {"residual": RESIDUAL, "weighted": WEIGHTED}
 FUNCTIONS = {"sigmoid": SIGMOID, "tanh": TANH, None: AS_IT_IS}
+NO_DEPTHS = np.zeros(0, np.int64)
 
 
 class MixtureOfRecursions(LoopedDecoder):
@@ -188,7 +189,7 @@ class ExpertChoice(MixtureOfRecursions):
         self.aux_routers = Routers("aux_routers", *router) if self.expert.sampling == "aux_router" else None
         self.signals = {"router": self.hidden_size + 1}
         self._everybody = np.array([share >= 1 for share in self.shares], np.int64)
-        self._weights: Floats | None = None  # of linear routers [R, D], for decoding on a CPU
+        self._routing: tuple[Any, ...] | None = None  # by linear routers: for decoding on a CPU
 
     @property
     def rest(self) -> int:
@@ -212,29 +213,31 @@ class ExpertChoice(MixtureOfRecursions):
         return x, self._route(x, following)
 
     def prepare(self) -> None:
+        super().prepare()
         last = self.routers.last
-        if self.aux_routers is None and self.routers.first is None and last.is_cpu:
-            self._weights = as_float32(last.detach()[:, 0]) if last.dtype is torch.float32 else None
+        linear = self.aux_routers is None and self.routers.first is None
+        if linear and last.is_cpu and last.dtype is torch.float32:
+            gating = GATINGS.get(self.expert.gating or "", PLAIN)
+            function, alpha = FUNCTIONS[self.expert.router_func], np.float32(self.expert.alpha)
+            routers = as_float32(last.detach()[:, 0])
+            self._routing = function, alpha, gating, np.float32(self.mor.temp), routers, self._everybody
 
     def first_rows(self, x: Tensor, batch: Batch | None) -> Tensor:
-        if self._weights is None or not inference(x) or self.row_width > self.hidden_size + self.rest:
+        if self._routing is None or not inference(x) or self.row_width > self.hidden_size + self.rest:
             return super().first_rows(x, batch)
-        return self._rows(x, x, ALONE, np.zeros(len(x), np.int64), self._weights)
+        function, alpha, _, *others = self._routing
+        return self._rows(x, x, NO_DEPTHS, function, alpha, ALONE, *others)
 
     def next_rows(self, rows: Tensor, x: Tensor, batch: Batch, *kept: Tensor) -> Tensor:
-        if self._weights is None or not inference(x) or kept:
+        if self._routing is None or not inference(x) or kept:
             return super().next_rows(rows, x, batch, *kept)
-        following = np.minimum(batch.token_depths.numpy() + 1, self.loop.depths - 1)
-        return self._rows(rows, x, GATINGS.get(self.expert.gating or "", PLAIN), following, self._weights)
+        return self._rows(rows, x, array_of(batch.token_depths), *self._routing)
 
-    def _rows(self, before: Tensor, x: Tensor, gating: int, following: Ints, weights: Floats) -> Tensor:
+    def _rows(self, before: Tensor, x: Tensor, depths: Ints, *routing: Any) -> Tensor:
         """`leave`, or for ALONE `begin`, on a CPU in one call."""
         out = np.empty((len(x), self.hidden_size + self.rest), np.float32)
-        routed_rows_numba(
-            as_float32(before), as_float32(x), FUNCTIONS[self.expert.router_func], np.float32(self.expert.alpha),
-            gating, np.float32(self.mor.temp), weights, self._everybody, following, out,
-        )  # fmt: skip
-        return torch.from_numpy(out)
+        routed_rows_numba(as_float32(before), as_float32(x), depths, *routing, out)
+        return tensor_of(out)
 
     def _route(self, x: Tensor, recursion: Tensor) -> Tensor:
         """[T, 2]: the logit for the recursion that a token stands before, and 1 where it is not to enter it."""
@@ -276,7 +279,8 @@ class TokenChoice(MixtureOfRecursions):
         chosen, taken = rest[:, -3:-2], rest[:, -2:-1] + 1
         return x, torch.cat([rest[:, :-2], taken, (taken >= chosen).to(x.dtype)], -1)
 
-    def end(self, x: Tensor, rest: Tensor) -> Tensor:
+    def end(self, rows: Tensor) -> Tensor:
+        x, rest = self.hidden(rows), self.beside(rows)
         start, chance, taken = rest[:, : self.hidden_size], rest[:, self.hidden_size : -3], rest[:, -2:-1]
         if self.token.gating != "weighted":
             return start + x

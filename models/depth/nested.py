@@ -84,6 +84,10 @@ class NestedBlock(Block):
     mixer: Attention
     mlp: GatedMLP
 
+    @property
+    def in_halves(self) -> bool:
+        return self._has_both
+
     def forward(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
         if isinstance(batch.width, Tensor):
             return self._by_width(x, batch, batch.width, state)

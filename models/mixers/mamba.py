@@ -15,7 +15,7 @@ from kernels.diagonal.selective import (
     softplus,
     unweighted_rms_norm,
 )
-from kernels.pool import as_float32
+from kernels.pool import Floats, as_float32, tensor_of
 from models.batch import Batch
 from models.config import Epsilon, ModelConfig
 from models.decoder import Block, Decoder, Mixer, Residual
@@ -107,19 +107,18 @@ class Mamba(Mixer):
         if weights is None or normed is None:
             return None
 
-        def half(x: Tensor, batch: Batch, state: LayerState) -> Tensor:
+        def half(x: Floats, batch: Batch, state: LayerState) -> Floats:
             if not batch.decodes_few:
-                return x + self(norm(x), batch, state)
+                return x + as_float32(self(norm(tensor_of(x)), batch, state))
             pools = state["conv"], state["h"]
-            return mixer_half(x, *normed, weights, self.rms_eps, *pools, batch.slots, batch.depths)
+            return mixer_half(x, *normed, weights, self.rms_eps, *pools, *batch.arrays[:2])
 
         return half
 
     def forward(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
         if self._step is not None and state is not None and batch.decodes_few:
-            return mixer_step(
-                x, self._step, self.rms_eps, state["conv"], state["h"], batch.slots, batch.depths
-            )
+            pools = state["conv"], state["h"]
+            return tensor_of(mixer_step(as_float32(x), self._step, self.rms_eps, *pools, *batch.arrays[:2]))
         x, z = self.in_proj(x).chunk(2, -1)
         x = self.conv(x, batch, pool_of(state, "conv"))
         low, B, C = self.x_proj(x).split(self.sizes, -1)

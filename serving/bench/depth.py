@@ -5,7 +5,7 @@ deepest row; continuously. The three take turns in one run, so that they see the
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from models.load import load
 from models.paths import NOWHERE
 from serving.bench.measure import random_model, report
 from serving.engine.choice import StageChooser
-from serving.engine.core import Request, Result, Tick
+from serving.engine.core import Ints, Request, Result, Tick
 from serving.engine.depth import DepthPolicy
 from serving.engine.engine import Engine
 from serving.engine.observer import Observer
@@ -116,8 +116,8 @@ class LockStep(StageChooser):
     """In place of the engine's choice of a stage: the earliest one where anything is parked, so that rows which have
     left wait until the deepest one has."""
 
-    def choose(self, waiting: Sequence[int], oldest: int, since: int, tick: int) -> int:
-        return next(stage for stage, count in enumerate(waiting) if count)
+    def choose(self, waiting: Ints, oldest: int, since: int, tick: int) -> int:
+        return int(np.flatnonzero(waiting)[0])
 
 
 class Replaying(TorchRunner):

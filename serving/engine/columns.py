@@ -9,8 +9,12 @@ from models.paths import NOWHERE
 from serving.engine.core import Ints
 from serving.engine.depth import ExitReason
 
-IDLE = -1
+IDLE, SEVERAL = -1, -2
 FULL_DEPTH = int(ExitReason.FULL_DEPTH)
+GOVERNED = int(ExitReason.GOVERNED)
+UNREPEATABLE = np.isin(np.arange(max(ExitReason) + 1), [GOVERNED, int(ExitReason.OUT_OF_TIME)])
+"""By reason: whether another time the same policy may let the token go deeper."""
+
 NEVER = (1 << 63) - 1
 
 Bools = npt.NDArray[np.bool_]
@@ -41,18 +45,22 @@ def census(
 
 @numba.njit(cache=True, nogil=True)
 def parked(
-    stage: int, count: int, node: Ints, path: Ints, stage_of: Ints, longest: int
-) -> tuple[Ints, Ints, Ints]:
-    """The `count` rows at a stage: their slots, nodes and places."""
+    stage: int, count: int, now: int, node: Ints, path: Ints, since: Ints, stage_of: Ints, longest: int
+) -> tuple[Ints, Ints, Ints, Ints, int]:
+    """The `count` rows at a stage: their slots, nodes and places, and for how many ticks before this one each has been
+    parked; how many of them begin their way."""
     slots, nodes, places = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.int64)
-    found = 0
+    waited = np.empty(count, np.int64)
+    found = begin = 0
     for slot in range(node.size):
         if node[slot] != IDLE:
             place = path[slot] * longest + node[slot]
             if stage_of[place] == stage:
                 slots[found], nodes[found], places[found] = slot, node[slot], place
+                waited[found] = now - 1 - since[slot]
+                begin += node[slot] == 0
                 found += 1
-    return slots, nodes, places
+    return slots, nodes, places, waited, begin
 
 
 @numba.njit(cache=True, nogil=True)
@@ -76,18 +84,20 @@ def asking(
     signal: Ints,  # [slots] that their policies look at, or IDLE
     floor: Ints,  # [slots]
     counting: int,
-) -> tuple[Ints, int]:
-    """The signal that decides about each token, or IDLE, and how many have one. Where a token goes the same way
-    whatever a signal says, before its floor and after the last pass, it has none, unless that counts passes."""
-    out, count = np.full(owners.size, IDLE, np.int64), 0
+) -> tuple[Ints, int, int]:
+    """The signal that decides about each token, or IDLE; how many have one, and which, if it is the same, or SEVERAL.
+    Where a token goes the same way whatever a signal says, before its floor and after the last pass, it has none,
+    unless that counts passes."""
+    out, count, common = np.full(owners.size, IDLE, np.int64), 0, IDLE
     for i in range(owners.size):
         asked, place = signal[owners[i]], places[i]
         if asked == IDLE or exit_of[place] == NOWHERE or exit_of[place] == nodes[i] + 1:
             continue
         if asked == counting or units_of[place] >= floor[owners[i]]:
             out[i] = asked
+            common = asked if common in (IDLE, asked) else SEVERAL
             count += 1
-    return out, count
+    return out, count, common
 
 
 @numba.njit(cache=True, nogil=True)
@@ -112,10 +122,10 @@ def leaving(
     full: Ints,
     early_reason: Ints,
     capped_reason: Ints,
-    governed_reason: int,
-) -> tuple[Bools, Ints]:
-    """Which tokens leave, and why each goes no deeper."""
+) -> tuple[Bools, Ints, bool]:
+    """Which tokens leave, and why each goes no deeper; whether another time they all would do the same."""
     leave, reasons = np.zeros(owners.size, np.bool_), np.full(owners.size, FULL_DEPTH, np.int64)
+    repeatable = True
     for i in range(owners.size):
         slot = owners[i]
         if exit_of[places[i]] == NOWHERE:
@@ -125,8 +135,9 @@ def leaving(
         elif units[i] >= ceiling[slot]:
             leave[i], reasons[i] = True, capped_reason[slot]
         elif governed.size > 0 and governed[i] <= units[i] < full[slot]:
-            leave[i], reasons[i] = True, governed_reason
-    return leave, reasons
+            leave[i], reasons[i] = True, GOVERNED
+        repeatable &= not UNREPEATABLE[reasons[i]]
+    return leave, reasons, repeatable
 
 
 @numba.njit(cache=True, nogil=True)

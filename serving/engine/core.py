@@ -118,9 +118,10 @@ class Tick:
     slots: Ints  # decoding rows
     nodes: Ints  # where each is on its path
     places: Ints  # and in the columns of the PathTable
+    waited: Ints  # ticks that each row was parked while other stages ran
     chunks: list[Chunk]
     final: bool  # the stage ends with the head
-    waited: Ints  # ticks that each row was parked while other stages ran
+    begin: int  # rows at the beginning of their path
     wanted: dict[str, Ints] = field(default_factory=dict)  # signal -> the tokens whose policies look at it
     units: Ints | None = None  # depth that each token has reached by it
     refills: int = 0  # rows that begin while others are on their way

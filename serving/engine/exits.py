@@ -14,10 +14,6 @@ from serving.engine.paths import NO_INTS, PathTable
 from serving.engine.rows import IDLE, MANY, Rows
 
 COUNTING = SIGNALS.index("argmax")
-GOVERNED = int(ExitReason.GOVERNED)
-UNREPEATABLE = np.isin(np.arange(max(ExitReason) + 1), [GOVERNED, int(ExitReason.OUT_OF_TIME)])
-"""By reason: whether another time the same policy may let the token go deeper."""
-
 NOBODY = np.zeros(0, bool)
 
 Skipped = tuple[int, Ints, Ints]
@@ -71,7 +67,12 @@ class Exits:
         """Note the signals that decide about the tokens of a tick."""
         rows, paths = self._rows, self._paths
         tokens = self._tokens(tick)
-        asked, count = columns.asking(*tokens, paths.units, paths.exit_to, rows.signal, rows.floor, COUNTING)
+        asked, count, common = columns.asking(
+            *tokens, paths.units, paths.exit_to, rows.signal, rows.floor, COUNTING
+        )
+        if count == len(asked) and common != columns.SEVERAL:
+            tick.wanted[SIGNALS[common]] = np.arange(count)
+            return
         for index in sorted(set(asked.tolist()) - {IDLE}) if count else ():
             tick.wanted[SIGNALS[index]] = np.flatnonzero(asked == index)
 
@@ -85,11 +86,11 @@ class Exits:
         if tick.final:
             return []
         rows, exit_of = self._rows, self._paths.exit_to
-        leave, reasons = columns.leaving(
+        leave, reasons, repeatable = columns.leaving(
             owners, places, units, self._early(tick, owners, signals), self._governed(owners),
-            exit_of, rows.floor, rows.ceiling, rows.full, rows.early, rows.capped, GOVERNED,
+            exit_of, rows.floor, rows.ceiling, rows.full, rows.early, rows.capped,
         )  # fmt: skip
-        for slot in owners[UNREPEATABLE[reasons]].tolist():
+        for slot in () if repeatable else owners[columns.UNREPEATABLE[reasons]].tolist():
             self._running[slot].tainted = True
         columns.move(
             tick.slots,
@@ -198,5 +199,7 @@ class Exits:
             tick.slots, tick.nodes, tick.places, leave, self._rows.units, self._rows.reach,
             self._paths.exit_to, self._paths.leads_to, self._paths.stage, self._paths.depth,
         )  # fmt: skip
+        if not len(stages):
+            return []
         groups = [(stage, stages == stage) for stage in np.unique(stages).tolist()]
         return [(stage, slots[there], depths[there]) for stage, there in groups]

@@ -69,10 +69,10 @@ class StageGraphs:
 
     def can_use(self, stage: int, batch: Batch) -> bool:
         """Whether a stage of this batch can be replayed: single tokens on a CUDA device, all of one width."""
-        single = batch.segments == len(batch.positions) and batch.ghosts is None
         return (
             batch.slots.is_cuda
-            and single
+            and batch.segments == len(batch.positions)
+            and batch.ghosts is None
             and 0 < batch.segments <= LARGEST
             and isinstance(batch.width, float)
             and batch.width == 1.0

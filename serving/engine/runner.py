@@ -1,9 +1,9 @@
 """Runs ticks on a model: from row tables to tensors and back. The only part of the engine that knows torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kernels.pool import tensor_of
 from models import snapshots
 from models.batch import Batch
 from models.decoder import Decoder
@@ -22,6 +23,7 @@ from serving.engine import columns
 from serving.engine.core import Chunk, Ints, Result, Sampled, Sequence, Tick
 from serving.engine.depth import ABOUT_PREDICTIONS, CONVERGENCE, DepthPolicy
 from serving.engine.graphs import HostCopy, StageGraphs
+from serving.engine.parking import Parking
 from serving.engine.paths import PathTable
 from serving.engine.policy_paths import path_of
 from serving.engine.prefix import Saved
@@ -87,10 +89,12 @@ class TorchRunner:
         # Rows that wait between two stages; a model of one stage has none.
         waiting = slots + 1 if len(model.stages) > 1 else 0
         self._device = model.device
-        self._parked = torch.zeros(waiting, model.row_width, dtype=model.row_dtype, device=self._device)
+        self._host = model.device.type == "cpu"
+        self._parked = Parking(waiting, model.row_width, model.row_dtype, self._device)
         most = slots * len(model.path().nodes)  # passes of rows in one call: of each, those that it skips
         self._ones, self._everything = np.ones(most, np.int64), np.arange(most)
-        self._offsets = torch.arange(most + 1, device=self._device)
+        offsets = np.arange(most + 1)
+        self._offsets = lru_cache(maxsize=1024)(lambda count: self._tensor(offsets[: count + 1]))
 
     def path(self, policy: DepthPolicy) -> Path:
         return path_of(self.model, policy)
@@ -179,7 +183,7 @@ class TorchRunner:
         `skipped`: a stage, the slots, and the depth of each there. (Tokens of chunks pass along as ghosts.)"""
         for stage, slots, depths in skipped:
             batch = self._single(stage, slots, slots, self._everything[: len(slots)], depths, rows)
-            self.model.fill(stage, self._parked.index_select(0, batch.slots), batch, self.pool.layers)
+            self.model.fill(stage, self._parked.take(slots), batch, self.pool.layers)
 
     def _batch(self, tick: Tick, rows: Rows, paths: PathTable) -> Batch:
         """What the tick works on, with room for what it appends."""
@@ -209,7 +213,7 @@ class TorchRunner:
             depths=self._tensor(depths),
             offsets=self._tensor(np.concatenate([[0], lengths.cumsum()])),
             positions=self._tensor(np.concatenate(positions)),
-            seeds=self._tensor(rows.seed[owners].view(np.int64)),
+            seeds=self._tensor(rows.seed[owners].view(np.int64)) if self.draws else None,
             ghosts=self._tensor(np.concatenate(ghosts)) if any_ghosts else None,
             width=self._width(paths, rows.path[owners], lengths),
         )
@@ -228,13 +232,13 @@ class TorchRunner:
         count = len(slots)
         tokens = columns.single_tokens(slots, places, depth_of, rows.position, rows.seed)
         self._grow(stage, held, tokens[0], self._ones[:count])
-        depths, positions, seeds = self._tensor(tokens).unbind(0)
+        depths, positions, seeds = self._tensors(tokens)
         return Batch(
             slots=self._tensor(held),
             depths=depths,
-            offsets=self._offsets[: count + 1],
+            offsets=self._offsets(count),
             positions=positions,
-            seeds=seeds,
+            seeds=seeds if self.draws else None,
             width=width,
         )
 
@@ -283,7 +287,7 @@ class TorchRunner:
         begins, all_ids = np.concatenate(fresh), np.concatenate(ids)
         if begins.all():
             return self.model.embed(self._tensor(all_ids))
-        parked = self._parked.index_select(0, self._tensor(tick.slots))
+        parked = self._parked.take(tick.slots)
         width = self.model.row_width
         waited = (parked.new_empty(len(c.ids), width) if c.rows is None else c.rows for c in tick.chunks)
         entering = torch.cat([parked, *(r[self._tensor(t)] for r, t in zip(waited, tokens, strict=True))])
@@ -293,18 +297,18 @@ class TorchRunner:
 
     def _enter_rows(self, tick: Tick, rows: Rows) -> Tensor:
         """The same where no prompt is on its way."""
-        begins = tick.nodes == 0
-        if begins.all():
+        if tick.begin == len(tick.slots):
             return self.model.embed(self._tensor(rows.token[tick.slots]))
-        parked = self._parked.index_select(0, self._tensor(tick.slots))
-        if begins.any():
+        parked = self._parked.take(tick.slots)
+        if tick.begin:
+            begins = tick.nodes == 0
             parked[self._tensor(begins)] = self.model.embed(self._tensor(rows.token[tick.slots[begins]]))
         return parked
 
     def _park(self, tick: Tick, after: Tensor) -> None:
         """Keep what the stage made of its rows until their next one."""
         first = len(tick.slots)
-        self._parked.index_copy_(0, self._tensor(tick.slots), after[:first])
+        self._parked.put(tick.slots, after[:first] if tick.chunks else after)
         for chunk in tick.chunks:
             tokens = chunk.passing
             made = after[first : first + len(tokens)]
@@ -333,9 +337,11 @@ class TorchRunner:
         at = self._places(tick)  # of the tick's tokens in the batch, which may have ghosts among them
         signals = {}
         for name, wanting in tick.wanted.items():
-            index = self._tensor(at[wanting])
+            everybody = len(wanting) == len(after)
+            index = self._tensor(at if everybody else at[wanting])
             if name in self.model.signals:
-                value = self.model.signal(name, after)[index]
+                value = self.model.signal(name, after)
+                value = value if everybody else value[index]
             else:
                 value = self._measure(name, before, after, index, batch)
                 if first_exit is not None and name in CONVERGENCE:
@@ -416,6 +422,11 @@ class TorchRunner:
         rows = hidden if mean else hidden[-1:] if chunk.last else hidden[:0]
         sampled.embeddings[chunk.sequence.slot] = self.model.normed(rows).double().sum(0).cpu().numpy()
 
+    def _tensors(self, arrays: npt.NDArray[Any]) -> Iterable[Tensor]:
+        """Arrays [n, ...] of one size, by one copy to the device."""
+        return map(tensor_of, arrays) if self._host else self._tensor(arrays).unbind(0)
+
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+        if self._host:
+            return tensor_of(array)
+        return torch.from_numpy(array).to(self._device, non_blocking=True)

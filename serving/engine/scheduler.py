@@ -164,11 +164,9 @@ class Scheduler:
         self._cut_chunks()
         self.governor.observe(self._waiting.oldest())
         rows, paths = self.rows, self.paths
-        columns_of = rows.node, rows.path
-        counts, begun, since, oldest = columns.census(
-            *columns_of, rows.since, paths.stage, paths.longest, paths.stages
-        )
-        waiting = counts.tolist()
+        columns_of = rows.node, rows.path, rows.since, paths.stage, paths.longest
+        counts, begun, since, oldest = columns.census(*columns_of, paths.stages)
+        waiting = counts.copy() if self._chunks else counts
         for chunk in self._chunks:
             stage = self._stage_of(chunk)
             waiting[stage] += len(chunk.passing)
@@ -178,11 +176,10 @@ class Scheduler:
             return None
         self.tick += 1
         stage = self.chooser.choose(waiting, oldest, since, self.tick)
-        here, nodes, places = columns.parked(stage, counts[stage], *columns_of, paths.stage, paths.longest)
+        slots, nodes, places, waited, begin = columns.parked(stage, counts[stage], self.tick, *columns_of)
         chunks = [chunk for chunk in self._chunks if self._stage_of(chunk) == stage]
-        waited = self.tick - 1 - rows.since[here]
-        tick = Tick(stage, here, nodes, places, chunks, stage in self._final, waited)
-        tick.refills = int((nodes == 0).sum()) if begun else 0
+        tick = Tick(stage, slots, nodes, places, waited, chunks, stage in self._final, begin)
+        tick.refills = begin if begun else 0
         if not tick.final:
             self.exits.want(tick)
         return tick

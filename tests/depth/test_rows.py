@@ -36,12 +36,12 @@ def test_of_routed_tokens(function: str | None, gating: str | None, tmp_path: Pa
     expert = {"router_func": function, "alpha": 0.7, "sampling": "aux_loss", "gating": gating}
     mor = {"type": "expert", "capacity": "1,0.6,0.3", "temp": 0.5, "expert": expert}
     model = looped(tmp_path, {"model_type": "routed", "num_recursions": 3, "mor": mor})
-    assert isinstance(model, ExpertChoice) and model._weights is not None
+    assert isinstance(model, ExpertChoice) and model._routing is not None
     x, made = torch.randn(2, ROWS, 24)
     with torch.inference_mode():
         first = model.first_rows(x, batch())
         following = model.next_rows(first, made, batch())
-        model._weights = None
+        model._routing = None
         torch.testing.assert_close(first, model.first_rows(x, batch()), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(following, model.next_rows(first, made, batch()), rtol=1e-5, atol=1e-5)
     assert (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.invariance import Invariance
+from kernels.pool import Floats, as_float32
 from models.batch import Batch
 from models.decoder import Block
 from models.load import load
@@ -77,7 +78,8 @@ def test_of_any_gated_mlp(tmp_path: Path) -> None:
     x = torch.randn(9, 24)
     assert block._mixed is None and block._fed is not None and block.mlp is not None
     with torch.inference_mode():
-        torch.testing.assert_close(block._fed(x), x + block.mlp(block.mlp_norm(x)), rtol=1e-5, atol=1e-5)  # type: ignore[misc]
+        fed, expected = torch.from_numpy(block._fed(as_float32(x))), x + block.mlp(block.mlp_norm(x))  # type: ignore[misc]
+        torch.testing.assert_close(fed, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_lora_by_depth_keeps_the_parts(tmp_path: Path) -> None:
@@ -94,7 +96,7 @@ def test_many_rows(invariant: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     block, pool = block_of(GLA, tmp_path)
     taken = []
 
-    def fed(x: Tensor) -> Tensor:
+    def fed(x: Floats) -> Floats:
         taken.append(len(x))
         return x
 

@@ -9,7 +9,7 @@ from kernels.delta.srwm.naive import srwm_naive
 from kernels.delta.srwm.scan import srwm_scan
 from kernels.delta.srwm.step_numba import srwm_step_numba
 from kernels.library import define
-from kernels.pool import as_float32, flat
+from kernels.pool import array_of, as_float32, flat
 
 __all__ = ["srwm", "srwm_naive", "srwm_scan", "srwm_step"]
 
@@ -41,7 +41,7 @@ def _on_cpu(
     x: Tensor, weight: Tensor, pool: Tensor, slots: Tensor, depths: Tensor, offsets: Tensor
 ) -> Tensor:
     out = np.empty((*x.shape[:2], _width(weight)), np.float32)
-    at = (flat(pool), slots.numpy(), depths.numpy(), offsets.numpy())
+    at = (flat(pool), array_of(slots), array_of(depths), array_of(offsets))
     srwm_step_numba(as_float32(x), as_float32(weight), *at, out)
     return torch.from_numpy(out).to(x.dtype)
 

@@ -9,7 +9,7 @@ from kernels.diagonal.linear.naive import gated_naive, lru_naive, s4d_naive
 from kernels.diagonal.linear.scan import gated_scan, lru_scan, s4d_scan
 from kernels.diagonal.linear.step_numba import gated_step_numba, lru_step_numba, s4d_step_numba
 from kernels.library import define
-from kernels.pool import as_float32, flat
+from kernels.pool import array_of, as_float32, flat
 from kernels.tiles import tile
 
 __all__ = [
@@ -77,7 +77,7 @@ def _on_cpu(
     offsets: Tensor,
 ) -> Tensor:
     out = np.empty(u.shape, np.float32)
-    at = (flat(pool), slots.numpy(), depths.numpy(), offsets.numpy(), out)
+    at = (flat(pool), array_of(slots), array_of(depths), array_of(offsets), out)
     if read is not None:
         D = np.zeros(u.shape[1], np.float32) if skip is None else as_float32(skip)
         s4d_step_numba(as_float32(u), as_float32(decay), as_float32(read), D, *at)

@@ -9,7 +9,7 @@ from kernels.diagonal.logsumexp.naive import aaren_naive, wkv_naive
 from kernels.diagonal.logsumexp.scan import aaren_scan, wkv_scan
 from kernels.diagonal.logsumexp.step_numba import aaren_step_numba, wkv_step_numba
 from kernels.library import define
-from kernels.pool import as_float32, flat
+from kernels.pool import array_of, as_float32, flat
 from kernels.tiles import tile
 
 __all__ = ["aaren", "aaren_naive", "aaren_scan", "logsumexp_step", "wkv", "wkv_naive", "wkv_scan"]
@@ -61,7 +61,7 @@ def _on_cpu(
     offsets: Tensor,
 ) -> Tensor:
     out = np.empty(v.shape, np.float32)
-    at = (flat(pool), slots.numpy(), depths.numpy(), offsets.numpy(), out)
+    at = (flat(pool), array_of(slots), array_of(depths), array_of(offsets), out)
     if w is None or u is None:
         aaren_step_numba(as_float32(s), as_float32(v), *at)
     else:

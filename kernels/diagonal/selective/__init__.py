@@ -12,11 +12,11 @@ from kernels.diagonal.selective.mixer_numba import (
 )
 from kernels.diagonal.selective.naive import selective_naive
 from kernels.diagonal.selective.scan import selective_scan
-from kernels.diagonal.selective.step_numba import selective_step_numba
+from kernels.diagonal.selective.step_numba import Ints, selective_step_numba
 from kernels.diagonal.selective.train_numba import selective_train
 from kernels.library import define
 from kernels.norm import rms_norm_numba
-from kernels.pool import Floats, as_float32, flat
+from kernels.pool import Floats, array_of, as_float32, flat
 from kernels.tiles import tile
 
 __all__ = [
@@ -65,45 +65,42 @@ def selective(
 
 
 def mixer_step(
-    x: Tensor,
+    x: Floats,
     weights: MixerWeights,
     rms_eps: float | None,
     conv_pool: Tensor,
     pool: Tensor,
-    slots: Tensor,
-    depths: Tensor,
-) -> Tensor:
-    """A decoding step of Mamba's whole mixer, on a CPU: x [T, D] float32, one token for each of T slots -> [T, D].
+    slots: Ints,
+    depths: Ints,
+) -> Floats:
+    """A decoding step of Mamba's whole mixer, on a CPU: x [T, D], one token for each of T slots -> [T, D].
 
     Pools as those of `kernels.conv.conv` and `selective`; with `rms_eps`, step size, B and C are normed without
     weights (Falcon Mamba).
     """
-    given = as_float32(x)
-    out = np.empty_like(given)
+    out = np.empty_like(x)
     rms = np.float32(-1 if rms_eps is None else rms_eps)
-    states = flat(conv_pool), flat(pool)
-    mixer_step_numba(given, weights, rms, *states, slots.numpy(), depths.numpy(), out)
-    return torch.from_numpy(out)
+    mixer_step_numba(x, weights, rms, flat(conv_pool), flat(pool), slots, depths, out)
+    return out
 
 
 def mixer_half(
-    x: Tensor,
+    x: Floats,
     norm: Floats,
     eps: np.float32,
     weights: MixerWeights,
     rms_eps: float | None,
     conv_pool: Tensor,
     pool: Tensor,
-    slots: Tensor,
-    depths: Tensor,
-) -> Tensor:
+    slots: Ints,
+    depths: Ints,
+) -> Floats:
     """x + mixer(norm(x)), as `mixer_step`; norm [D]. In calls of its parts, whose bits it has to have: not every batch
     takes this way."""
-    given = as_float32(x)
-    normed = np.empty_like(given)
-    rms_norm_numba(given, norm, eps, normed)
-    out = mixer_step(torch.from_numpy(normed), weights, rms_eps, conv_pool, pool, slots, depths)
-    out.numpy()[:] += given
+    normed = np.empty_like(x)
+    rms_norm_numba(x, norm, eps, normed)
+    out = mixer_step(normed, weights, rms_eps, conv_pool, pool, slots, depths)
+    out += x
     return out
 
 
@@ -144,9 +141,9 @@ def _on_cpu(
         np.zeros(x.shape[1], np.float32) if D is None else as_float32(D),
         np.zeros((0, x.shape[1]), np.float32) if z is None else as_float32(z),
         flat(pool),
-        slots.numpy(),
-        depths.numpy(),
-        offsets.numpy(),
+        array_of(slots),
+        array_of(depths),
+        array_of(offsets),
         out,
     )
     return torch.from_numpy(out).to(x.dtype)

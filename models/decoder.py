@@ -299,9 +299,13 @@ class Decoder(nn.Module):
         for i in self.stages[stage].layers:
             self.blocks[i].fill(rows, batch, states[i])
 
-    def signal(self, name: str, rows: Tensor) -> Tensor:
-        """One of its own exit signals, of rows [R, row_width] on their way: [R], float32."""
-        return rows[:, self.signals[name]].float()
+    def signal(self, name: str, rows: Tensor, index: Tensor | None = None) -> Tensor:
+        """One of its own exit signals, of some [R] of the rows [T, row_width] that are on their way, or of all: [R],
+        float32."""
+        column = self.signals[name]
+        if index is not None and inference(rows):
+            return tensor_of(array_of(rows)[:, column].take(array_of(index)))
+        return rows[:, column].float() if index is None else rows[index, column].float()
 
     def intermediate(
         self, rows: Tensor, index: Tensor, batch: Batch, states: Sequence[LayerState] | None

@@ -124,6 +124,10 @@ class LoopedDecoder(Decoder):
 
     def first_rows(self, x: Tensor, batch: Batch | None) -> Tensor:
         """`begin`, as rows [T, row_width]."""
+        if self._gate is not None and inference(x) and self.row_width == self.hidden_size + 1:
+            out = np.ones((len(x), self.row_width), np.float32)
+            out[:, :-1] = array_of(x)
+            return tensor_of(out)
         return self._row(*self.begin(x, batch))
 
     def next_rows(self, rows: Tensor, x: Tensor, batch: Batch, *kept: Tensor) -> Tensor:
@@ -136,11 +140,13 @@ class LoopedDecoder(Decoder):
             return tensor_of(out)
         return self._row(*self.leave(rows[:, :D], x, self.beside(rows), batch), *kept)
 
-    def signal(self, name: str, rows: Tensor) -> Tensor:
+    def signal(self, name: str, rows: Tensor, index: Tensor | None = None) -> Tensor:
         """As every decoder; of a gate, the probability that the token has left. What rows carry is its complement: in
         lower precision that is near 0 to many digits, and this is not near 1."""
-        value = super().signal(name, rows)
-        return 1 - value if name == "gate" else value
+        value = super().signal(name, rows, index)
+        if name != "gate":
+            return value
+        return tensor_of(1 - array_of(value)) if inference(value) else 1 - value
 
     # What they have in common.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -21,7 +22,7 @@ from models.load import load
 from models.paths import NOWHERE
 from serving.bench.measure import random_model, report
 from serving.engine.choice import StageChooser
-from serving.engine.core import Ints, Request, Result, Tick
+from serving.engine.core import Floats, Ints, Request, Result, Tick
 from serving.engine.depth import DepthPolicy
 from serving.engine.engine import Engine
 from serving.engine.observer import Observer
@@ -129,12 +130,35 @@ class Replaying(TorchRunner):
         result = super().run(tick, rows, paths)
         if "gate" in tick.wanted:
             slots, nodes = tick.tokens()
-            positions = [rows.position[tick.slots], *(c.start + c.active for c in tick.chunks)]
-            units = paths.units[paths.places(rows.path[slots], nodes)]
-            sequence = rows.seed[slots].astype(np.int64)
-            leaves = self.trace[sequence, np.concatenate(positions) % self.trace.shape[1]]
-            result.signals["gate"] = (units >= leaves)[tick.wanted["gate"]].astype(np.float32)
+            positions = rows.position[tick.slots]
+            if tick.chunks:
+                positions = np.concatenate([positions, *(c.start + c.active for c in tick.chunks)])
+            at = slots, nodes, positions, rows.path, rows.seed, paths.units, paths.longest
+            result.signals["gate"] = _replayed(self.trace, tick.wanted["gate"], *at)
         return result
+
+
+@numba.njit(cache=True, nogil=True)
+def _replayed(
+    trace: Ints,  # [sequences, tokens]
+    wanted: Ints,  # [W] of the tokens
+    slots: Ints,  # [T], as the next
+    nodes: Ints,
+    positions: Ints,
+    path: Ints,  # [slots], as the next
+    seed: npt.NDArray[np.uint64],  # the number of the sequence
+    units: Ints,  # [places]
+    longest: int,
+) -> Floats:
+    """1 for those of the wanted tokens that have been as deep as the trace says, [W]. Compiled: what stands for a gate
+    is to cost no more than one."""
+    out = np.empty(wanted.size, np.float32)
+    for i in range(wanted.size):
+        token = wanted[i]
+        slot = slots[token]
+        depth = trace[np.int64(seed[slot]), positions[token] % trace.shape[1]]
+        out[i] = units[path[slot] * longest + nodes[token]] >= depth
+    return out
 
 
 def trace_of(sequences: int, tokens: int, depths: int, stays: float) -> npt.NDArray[np.int64]:

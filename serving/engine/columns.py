@@ -84,20 +84,20 @@ def asking(
     signal: Ints,  # [slots] that their policies look at, or IDLE
     floor: Ints,  # [slots]
     counting: int,
-) -> tuple[Ints, int, int]:
-    """The signal that decides about each token, or IDLE; how many have one, and which, if it is the same, or SEVERAL.
-    Where a token goes the same way whatever a signal says, before its floor and after the last pass, it has none,
-    unless that counts passes."""
-    out, count, common = np.full(owners.size, IDLE, np.int64), 0, IDLE
+) -> tuple[Ints, Ints, int]:
+    """Which tokens a signal decides about; which signal of each, and of all, or SEVERAL. Where a token goes the same
+    way whatever a signal says, before its floor and after the last pass, none does, unless that counts passes."""
+    tokens, signals = np.empty(owners.size, np.int64), np.empty(owners.size, np.int64)
+    count, common = 0, IDLE
     for i in range(owners.size):
         asked, place = signal[owners[i]], places[i]
         if asked == IDLE or exit_of[place] == NOWHERE or exit_of[place] == nodes[i] + 1:
             continue
         if asked == counting or units_of[place] >= floor[owners[i]]:
-            out[i] = asked
+            tokens[count], signals[count] = i, asked
             common = asked if common in (IDLE, asked) else SEVERAL
             count += 1
-    return out, count, common
+    return tokens[:count], signals[:count], common
 
 
 @numba.njit(cache=True, nogil=True)

@@ -66,15 +66,13 @@ class Exits:
     def want(self, tick: Tick) -> None:
         """Note the signals that decide about the tokens of a tick."""
         rows, paths = self._rows, self._paths
-        tokens = self._tokens(tick)
-        asked, count, common = columns.asking(
-            *tokens, paths.units, paths.exit_to, rows.signal, rows.floor, COUNTING
+        tokens, signals, common = columns.asking(
+            *self._tokens(tick), paths.units, paths.exit_to, rows.signal, rows.floor, COUNTING
         )
-        if count == len(asked) and common != columns.SEVERAL:
-            tick.wanted[SIGNALS[common]] = np.arange(count)
-            return
-        for index in sorted(set(asked.tolist()) - {IDLE}) if count else ():
-            tick.wanted[SIGNALS[index]] = np.flatnonzero(asked == index)
+        if common == columns.SEVERAL:
+            tick.wanted = {SIGNALS[s]: tokens[signals == s] for s in np.unique(signals).tolist()}
+        elif len(tokens):
+            tick.wanted = {SIGNALS[common]: tokens}
 
     def decide(self, tick: Tick, signals: dict[str, Floats], now: int) -> list[Skipped]:
         """Apply the depth policies: each token of the tick goes on, or leaves for where its path ends early. Returns

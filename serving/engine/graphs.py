@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.pool import PADDING_SLOT
+from kernels.pool import PADDING_SLOT, Floats, array_of
 from models.batch import Batch
 from models.decoder import Decoder
 from models.state import LayerState
@@ -137,8 +137,8 @@ class HostCopy:
             self._done = torch.cuda.Event()
             self._done.record()
 
-    def wait(self) -> Tensor:
+    def wait(self) -> Floats:
         """The copy, once it is there."""
         if self._done is not None:
             self._done.synchronize()
-        return self._copy
+        return array_of(self._copy)

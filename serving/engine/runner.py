@@ -169,7 +169,7 @@ class TorchRunner:
             first_exit = self._first_exit(tick, rows, paths) if successive else None
             signals = self._signals(tick, first_exit, before, after, batch)
         self._park(tick, after)
-        return Result({name: copy.wait().numpy() for name, copy in signals.items()})
+        return Result({name: copy.wait() for name, copy in signals.items()})
 
     def _pass(self, stage: int, rows: Tensor, batch: Batch) -> Tensor:
         """Rows through a stage."""
@@ -299,11 +299,10 @@ class TorchRunner:
         """The same where no prompt is on its way."""
         if tick.begin == len(tick.slots):
             return self.model.embed(self._tensor(rows.token[tick.slots]))
-        parked = self._parked.take(tick.slots)
         if tick.begin:
-            begins = tick.nodes == 0
-            parked[self._tensor(begins)] = self.model.embed(self._tensor(rows.token[tick.slots[begins]]))
-        return parked
+            begins = tick.slots[tick.nodes == 0]
+            self._parked.put(begins, self.model.embed(self._tensor(rows.token[begins])))
+        return self._parked.take(tick.slots)
 
     def _park(self, tick: Tick, after: Tensor) -> None:
         """Keep what the stage made of its rows until their next one."""
@@ -337,11 +336,9 @@ class TorchRunner:
         at = self._places(tick)  # of the tick's tokens in the batch, which may have ghosts among them
         signals = {}
         for name, wanting in tick.wanted.items():
-            everybody = len(wanting) == len(after)
-            index = self._tensor(at if everybody else at[wanting])
+            index = self._tensor(at[wanting])
             if name in self.model.signals:
-                value = self.model.signal(name, after)
-                value = value if everybody else value[index]
+                value = self.model.signal(name, after, index)
             else:
                 value = self._measure(name, before, after, index, batch)
                 if first_exit is not None and name in CONVERGENCE:

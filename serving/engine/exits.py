@@ -66,9 +66,7 @@ class Exits:
     def want(self, tick: Tick) -> None:
         """Note the signals that decide about the tokens of a tick."""
         rows, paths = self._rows, self._paths
-        tokens, signals, common = columns.asking(
-            *self._tokens(tick), paths.units, paths.exit_to, rows.signal, rows.floor, COUNTING
-        )
+        tokens, signals, common = columns.asking(*self._tokens(tick), rows.table, paths.table, COUNTING)
         if common == columns.SEVERAL:
             tick.wanted = {SIGNALS[s]: tokens[signals == s] for s in np.unique(signals).tolist()}
         elif len(tokens):
@@ -78,36 +76,24 @@ class Exits:
         """Apply the depth policies: each token of the tick goes on, or leaves for where its path ends early. Returns
         what decoding rows skip by that and have to write, where tokens do."""
         owners, _, places = self._tokens(tick)
-        units = columns.deepest(self._before(tick), places, self._paths.units)
+        units = columns.deepest(self._before(tick), places, self._paths.table)
         self._reached(tick, units)
         tick.units = units
         if tick.final:
             return []
-        rows, exit_of = self._rows, self._paths.exit_to
+        tables = self._rows.table, self._paths.table
         leave, reasons, repeatable = columns.leaving(
-            owners, places, units, self._early(tick, owners, signals), self._governed(owners),
-            exit_of, rows.floor, rows.ceiling, rows.full, rows.early, rows.capped,
-        )  # fmt: skip
+            owners, places, units, self._early(tick, owners, signals), self._governed(owners), *tables
+        )
         for slot in () if repeatable else owners[columns.UNREPEATABLE[reasons]].tolist():
             self._running[slot].tainted = True
-        columns.move(
-            tick.slots,
-            tick.nodes,
-            tick.places,
-            leave,
-            reasons,
-            exit_of,
-            now,
-            rows.node,
-            rows.since,
-            rows.reason,
-        )
+        columns.move(tick.slots, tick.nodes, tick.places, leave, reasons, now, *tables)
         count = len(tick.slots)
         for chunk in tick.chunks:
             part = slice(count, count + len(chunk.active))
             count = part.stop
             chunk.reasons[chunk.active] = reasons[part]
-            self._move(chunk, leave[part], exit_of[places[part]], now)
+            self._move(chunk, leave[part], self._paths.exit_to[places[part]], now)
         return self._skipped(tick, leave[: len(tick.slots)]) if self._fills else []
 
     def pace(self, sequence: Sequence, seconds: float) -> None:
@@ -194,9 +180,8 @@ class Exits:
     def _skipped(self, tick: Tick, leave: npt.NDArray[np.bool_]) -> list[Skipped]:
         """The passes that leaving rows do without, as far down as later tokens of their sequences may come."""
         stages, slots, depths = columns.skipped(
-            tick.slots, tick.nodes, tick.places, leave, self._rows.units, self._rows.reach,
-            self._paths.exit_to, self._paths.leads_to, self._paths.stage, self._paths.depth,
-        )  # fmt: skip
+            tick.slots, tick.nodes, tick.places, leave, self._rows.table, self._paths.table
+        )
         if not len(stages):
             return []
         groups = [(stage, stages == stage) for stage in np.unique(stages).tolist()]

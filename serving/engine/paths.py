@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.paths import NOWHERE, Path
+from serving.engine import columns
 from serving.engine.core import Ints
 
 NO_INTS = np.zeros(0, np.int64)
@@ -19,12 +20,8 @@ class PathTable:
         self._widths = np.zeros(0, np.float32)
         self.longest = 0  # places of each path
         self.stages = 0  # that are on any of them: the highest number, and one
-        self.stage = self.depth = self.occurrence = self.units = self.exit_to = (
-            NO_INTS  # of models.paths.Node
-        )
-        self.leads_to = (
-            NO_INTS  # the depth at the next node that adds one, this or a later one; 0 behind the last
-        )
+        self.table = np.zeros((len(columns.FIELDS), 0), np.int64)
+        self._name()
 
     def add(self, path: Path) -> int:
         """The number of a path that is about to be used; equal paths share one."""
@@ -65,11 +62,16 @@ class PathTable:
     def _fill(self) -> None:
         self.longest = max(len(path.nodes) for path in self._paths)
         self._widths = np.array([path.width for path in self._paths], np.float32)
-        self.stage, self.depth, self.occurrence, self.units, self.exit_to = (
-            self._column(name) for name in ("stage", "depth", "occurrence", "units", "exit_to")
-        )
+        fields = [self._column(name) for name in ("stage", "depth", "occurrence", "units", "exit_to")]
+        units = fields[columns.DEEP].reshape(-1, self.longest)
+        self.table = np.stack([*fields, _leads_to(units).reshape(-1)])
+        self._name()
         self.stages = int(self.stage.max()) + 1
-        self.leads_to = _leads_to(self.units.reshape(-1, self.longest)).reshape(-1)
+
+    def _name(self) -> None:
+        """The fields of the table, of models.paths.Node; and the depth at the next node that adds one, this or a later
+        one, 0 behind the last."""
+        self.stage, self.depth, self.occurrence, self.units, self.exit_to, self.leads_to = self.table
 
     def _column(self, name: str) -> Ints:
         """Of all paths, one after the other, each as long as the longest."""

@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
+from serving.engine import columns
 from serving.engine.columns import FULL_DEPTH, IDLE
 from serving.engine.core import Ints
 from serving.engine.depth import ExitReason
@@ -19,35 +20,36 @@ class Rows:
     further slots of a sequence that has several."""
 
     def __init__(self, slots: int):
-        def column(value: int) -> Ints:
-            return np.full(slots + 1, value, np.int64)
+        self.table = np.zeros((len(columns.COLUMNS), slots + 1), np.int64)
+
+        def column(number: int, value: int) -> Ints:
+            self.table[number] = value
+            return self.table[number]
 
         # The row: one token on its way.
-        self.node = column(IDLE)  # where on its path it is parked
-        self.token = column(0)  # the token that it feeds
-        self.position = column(0)  # of that token in its sequence
-        self.since = column(0)  # the tick at which it was parked
-        self.units = column(0)  # depth that the token has reached
-        self.streak = column(0)  # passes in a row after which its prediction was the same as before
-        self.reason = column(FULL_DEPTH)  # why it went no deeper
+        self.node = column(columns.NODE, IDLE)  # where on its path it is parked
+        self.token = column(columns.TOKEN, 0)  # the token that it feeds
+        self.position = column(columns.POSITION, 0)  # of that token in its sequence
+        self.since = column(columns.SINCE, 0)  # the tick at which it was parked
+        self.units = column(columns.UNITS, 0)  # depth that the token has reached
+        self.streak = column(columns.STREAK, 0)  # passes in a row that did not change its prediction
+        self.reason = column(columns.REASON, FULL_DEPTH)  # why it went no deeper
         # The sequence.
-        self.path = column(0)
-        self.seed = np.zeros(slots + 1, np.uint64)
+        self.path = column(columns.PATH, 0)
+        self.seed = column(columns.SEED, 0).view(np.uint64)
         self.further: dict[int, Ints] = {}  # all slots of a sequence that has several, by its first
         self.emitted = np.full(slots + 1, np.nan)  # when its last token came out; nan before the first
         # Its depth policy.
-        self.signal = column(IDLE)  # index into SIGNALS
+        self.signal = column(columns.SIGNAL, IDLE)  # index into SIGNALS
         self.threshold = np.zeros(slots + 1)
-        self.floor = column(0)  # a token may not leave before
-        self.ceiling = column(MANY)  # a token leaves here at the latest
-        self.reach = column(
-            MANY
-        )  # the deepest that any token of the sequence may come: a deadline moves the ceiling
-        self.full = column(0)  # depth of its path
+        self.floor = column(columns.FLOOR, 0)  # a token may not leave before
+        self.ceiling = column(columns.CEILING, MANY)  # a token leaves here at the latest
+        self.reach = column(columns.REACH, MANY)  # no token comes deeper, whatever a deadline does
+        self.full = column(columns.FULL, 0)  # depth of its path
         self.pace = np.full(slots + 1, np.nan)  # seconds that its tokens take for each unit of depth
-        self.shed = column(MANY)  # the governor may lower the ceiling down to here
-        self.early = column(FULL_DEPTH)  # reason when the signal lets it leave
-        self.capped = column(ExitReason.FIXED_DEPTH)  # reason when the ceiling makes it leave
+        self.shed = column(columns.SHED, MANY)  # the governor may lower the ceiling down to here
+        self.early = column(columns.EARLY, FULL_DEPTH)  # reason when the signal lets it leave
+        self.capped = column(columns.CAPPED, ExitReason.FIXED_DEPTH)  # reason when the ceiling makes it leave
 
     def feed(self, slots: Ints, tokens: Ints, positions: Ints, tick: int) -> None:
         """Send tokens on their way."""

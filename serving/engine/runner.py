@@ -19,7 +19,6 @@ from models.depth import signals as measures
 from models.paging import PAGE, pages_for
 from models.paths import NOWHERE, Path
 from models.state import Snapshot, StatePool
-from serving.engine import columns
 from serving.engine.core import Chunk, Ints, Result, Sampled, Sequence, Tick
 from serving.engine.depth import ABOUT_PREDICTIONS, CONVERGENCE, DepthPolicy
 from serving.engine.graphs import HostCopy, StageGraphs
@@ -182,15 +181,15 @@ class TorchRunner:
         """Decoding rows have left early: write, at what they skip, the state that later tokens will look for.
         `skipped`: a stage, the slots, and the depth of each there. (Tokens of chunks pass along as ghosts.)"""
         for stage, slots, depths in skipped:
-            batch = self._single(stage, slots, slots, self._everything[: len(slots)], depths, rows)
+            batch = self._single(stage, slots, slots, depths, rows)
             self.model.fill(stage, self._parked.take(slots), batch, self.pool.layers)
 
     def _batch(self, tick: Tick, rows: Rows, paths: PathTable) -> Batch:
         """What the tick works on, with room for what it appends."""
         if not tick.chunks:
             held = rows.held(tick.slots, tick.places, paths.occurrence)
-            width = self._width(paths, rows.path[tick.slots], self._ones[: len(held)])
-            return self._single(tick.stage, tick.slots, held, tick.places, paths.depth, rows, width)
+            width = self._width(paths, rows, tick.slots, self._ones[: len(held)])
+            return self._single(tick.stage, tick.slots, held, paths.depth.take(tick.places), rows, width)
         owners = np.concatenate([tick.slots, np.array([c.sequence.slot for c in tick.chunks], np.int64)])
         nodes = np.concatenate([tick.nodes, np.array([c.node for c in tick.chunks], np.int64)])
         tokens = [chunk.passing for chunk in tick.chunks]
@@ -215,38 +214,24 @@ class TorchRunner:
             positions=self._tensor(np.concatenate(positions)),
             seeds=self._tensor(rows.seed[owners].view(np.int64)) if self.draws else None,
             ghosts=self._tensor(np.concatenate(ghosts)) if any_ghosts else None,
-            width=self._width(paths, rows.path[owners], lengths),
+            width=self._width(paths, rows, owners, lengths),
         )
 
     def _single(
-        self,
-        stage: int,
-        slots: Ints,
-        held: Ints,
-        places: Ints,
-        depth_of: Ints,
-        rows: Rows,
-        width: float | Tensor = 1.0,
+        self, stage: int, slots: Ints, held: Ints, depths: Ints, rows: Rows, width: float | Tensor = 1.0
     ) -> Batch:
-        """One token of each row, whose state is `held` by its slot or another one of its sequence."""
+        """One token of each row, whose state is `held` by its slot or another one of its sequence, at these depths."""
         count = len(slots)
-        tokens = columns.single_tokens(slots, places, depth_of, rows.position, rows.seed)
-        self._grow(stage, held, tokens[0], self._ones[:count])
-        depths, positions, seeds = self._tensors(tokens)
-        return Batch(
-            slots=self._tensor(held),
-            depths=depths,
-            offsets=self._offsets(count),
-            positions=positions,
-            seeds=seeds if self.draws else None,
-            width=width,
-        )
+        self._grow(stage, held, depths, self._ones[:count])
+        at, deep, positions = self._tensors(held, depths, rows.position.take(slots))
+        seeds = self._tensor(rows.seed.take(slots).view(np.int64)) if self.draws else None
+        return Batch(at, deep, self._offsets(count), positions, seeds, width=width)
 
-    def _width(self, paths: PathTable, of: Ints, lengths: Ints) -> float | Tensor:
+    def _width(self, paths: PathTable, rows: Rows, slots: Ints, lengths: Ints) -> float | Tensor:
         """Of all tokens where they agree; of each [T] otherwise."""
         if self.model.widths == (1.0,):
             return 1.0
-        widths = paths.widths(of)
+        widths = paths.widths(rows.path[slots])
         if (widths == widths[0]).all():
             return float(widths[0])
         return self._tensor(widths.repeat(lengths)).to(self.model.dtype)
@@ -419,9 +404,9 @@ class TorchRunner:
         rows = hidden if mean else hidden[-1:] if chunk.last else hidden[:0]
         sampled.embeddings[chunk.sequence.slot] = self.model.normed(rows).double().sum(0).cpu().numpy()
 
-    def _tensors(self, arrays: npt.NDArray[Any]) -> Iterable[Tensor]:
-        """Arrays [n, ...] of one size, by one copy to the device."""
-        return map(tensor_of, arrays) if self._host else self._tensor(arrays).unbind(0)
+    def _tensors(self, *arrays: npt.NDArray[Any]) -> Iterable[Tensor]:
+        """Of arrays of one size and type, by one copy to the device."""
+        return map(tensor_of, arrays) if self._host else self._tensor(np.stack(arrays)).unbind(0)
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
         if self._host:

@@ -164,8 +164,8 @@ class Scheduler:
         self._cut_chunks()
         self.governor.observe(self._waiting.oldest())
         rows, paths = self.rows, self.paths
-        columns_of = rows.node, rows.path, rows.since, paths.stage, paths.longest
-        counts, begun, since, oldest = columns.census(*columns_of, paths.stages)
+        tables = rows.table, paths.table, paths.longest
+        counts, begun, since, oldest = columns.census(*tables, paths.stages)
         waiting = counts.copy() if self._chunks else counts
         for chunk in self._chunks:
             stage = self._stage_of(chunk)
@@ -176,7 +176,7 @@ class Scheduler:
             return None
         self.tick += 1
         stage = self.chooser.choose(waiting, oldest, since, self.tick)
-        slots, nodes, places, waited, begin = columns.parked(stage, counts[stage], self.tick, *columns_of)
+        slots, nodes, places, waited, begin = columns.parked(stage, counts[stage], self.tick, *tables)
         chunks = [chunk for chunk in self._chunks if self._stage_of(chunk) == stage]
         tick = Tick(stage, slots, nodes, places, waited, chunks, stage in self._final, begin)
         tick.refills = begin if begun else 0
@@ -244,6 +244,8 @@ class Scheduler:
 
     def _cut_chunks(self) -> None:
         """Send the next prompt tokens on their way, first come first served, as many as there may be at a time."""
+        if not self._prefilling:
+            return
         left = self._prefill_tokens - sum(len(chunk.ids) for chunk in self._chunks)
         busy = {id(chunk.sequence) for chunk in self._chunks}
         for sequence in self._prefilling:

@@ -58,8 +58,9 @@ class Batch:
 
     @property
     def arrays(self) -> tuple[Ints, Ints, Ints]:
-        """`index` as arrays of the host, for kernels of a CPU."""
-        return array_of(self.slots), array_of(self.depths), array_of(self.offsets)
+        """`index` as contiguous arrays of the host, for kernels of a CPU."""
+        slots, depths, offsets = (np.ascontiguousarray(array_of(x)) for x in self.index)
+        return slots, depths, offsets
 
     @property
     def index(self) -> tuple[Tensor, Tensor, Tensor]:

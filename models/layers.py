@@ -1,7 +1,6 @@
 """The parts that every family is made of."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -252,7 +251,7 @@ class GatedMLP(nn.Module):
         if found is None or normed is None or self.activation is not F.silu:
             return None
         gate_up, down = found
-        return partial(mlp_step, w=MLPWeights(*normed, gate_up, down, self.sizes[0]))
+        return mlp_step(MLPWeights(*normed, gate_up, down, self.sizes[0]))
 
 
 def softcap(x: Tensor, cap: float | None) -> Tensor:

@@ -1,11 +1,13 @@
 """x + mlp(norm(x)) of a gated MLP with SiLU, on CPUs in one call: as separate operators the half of a layer is a dozen
 calls from Python, which take a decoding step of few rows longer than the work."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numba
 import numpy as np
 
+from kernels.bound import Bound
 from kernels.gated import silu_product_numba
 from kernels.linear.blocks_numba import Matrix, project_any
 from kernels.norm import rms_norm_numba
@@ -41,8 +43,13 @@ def mlp_step_numba(
             y[i] += row[i]
 
 
-def mlp_step(x: Floats, w: MLPWeights) -> Floats:
-    """x [T, D] -> [T, D]."""
-    out = np.empty_like(x)
-    mlp_step_numba(x, w, out)
-    return out
+def mlp_step(w: MLPWeights) -> Callable[[Floats], Floats]:
+    """x [T, D], contiguous -> x + mlp(norm(x))."""
+    run = Bound(mlp_step_numba)
+
+    def step(x: Floats) -> Floats:
+        out = np.empty_like(x)
+        run(x, w, out)
+        return out
+
+    return step

@@ -2,6 +2,7 @@
 blocks of channels (see blocks_numba)."""
 
 import math
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -9,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.bound import Bound
 from kernels.invariance import Invariance, invariant_linear, wanted
 from kernels.library import define
 from kernels.linear.blocks_numba import FEATURES, NONE, Blocks, Floats, Matrix, project_any, to_blocks
 from kernels.linear.naive import linear_naive, quantize
-from kernels.pool import as_float32, inference
+from kernels.pool import as_float32, inference, tensor_of
 
 __all__ = ["Blocked", "Matrix", "few_rows", "linear", "linear_naive", "narrowed", "quantize"]
 
@@ -66,6 +68,7 @@ class Blocked:
             factor if scale is None else as_float32(scale),
             NONE if bias is None else as_float32(bias.detach()),
         )
+        self._run = Bound(project_any)
         self._tensors = tuple(torch.from_numpy(part) for part in self.matrix)
         self.eight = weight.dtype is torch.int8
 
@@ -83,18 +86,18 @@ class Blocked:
         """x [T, K] -> [T, N], of the same type."""
         if torch.compiler.is_compiling():
             return cast("Tensor", blocked_linear(x, *self._tensors, self.outputs))
-        return _project(x, self.matrix, self.outputs)
+        return _project(self._run, x, self.matrix, self.outputs)
 
 
-def _project(x: Tensor, matrix: Matrix, outputs: int) -> Tensor:
+def _project(run: Callable[..., None], x: Tensor, matrix: Matrix, outputs: int) -> Tensor:
     out = np.empty((x.shape[0], outputs), np.float32)
-    project_any(as_float32(x), matrix, out)
-    made = torch.from_numpy(out)
+    run(as_float32(x), matrix, out)
+    made = tensor_of(out)
     return made if x.dtype is torch.float32 else made.to(x.dtype)
 
 
 def _on_cpu(x: Tensor, blocks: Tensor, scale: Tensor, bias: Tensor, outputs: int) -> Tensor:
-    return _project(x, Matrix(blocks.numpy(), scale.numpy(), bias.numpy()), outputs)
+    return _project(project_any, x, Matrix(blocks.numpy(), scale.numpy(), bias.numpy()), outputs)
 
 
 def _on_gpu(x: Tensor, blocks: Tensor, scale: Tensor, bias: Tensor, outputs: int) -> Tensor:

@@ -1,12 +1,14 @@
 """What lies between GLA's projections, on CPUs in one call: decay, recurrence, norm and gate of each head. As separate
 operators it is a dozen of torch's calls, which cost a decoding step of few rows more than the work."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numba
 import numpy as np
 from torch import Tensor
 
+from kernels.bound import Bound
 from kernels.fastmath import exp, silu, softplus
 from kernels.linear.blocks_numba import Matrix, project_any
 from kernels.norm import rms_norm_numba
@@ -154,9 +156,14 @@ def gla_mixer_numba(
             y[i] += row[i]
 
 
-def gla_mixer(x: Floats, w: GLAWeights, pool: Tensor, slots: Ints, depths: Ints, offsets: Ints) -> Floats:
-    """x + mixer(norm(x)) of a whole mixer, in one call: x [T, D] -> [T, D]; the pool, on a CPU, is advanced in
-    place."""
-    out = np.empty_like(x)
-    gla_mixer_numba(x, w, flat(pool), slots, depths, offsets, out)
-    return out
+def gla_mixer(w: GLAWeights) -> Callable[[Floats, Tensor, Ints, Ints, Ints], Floats]:
+    """x [T, D], contiguous, a pool, slots, depths, offsets -> x + mixer(norm(x)), in one call; the pool, on a CPU, is
+    advanced in place."""
+    run = Bound(gla_mixer_numba)
+
+    def mixer(x: Floats, pool: Tensor, slots: Ints, depths: Ints, offsets: Ints) -> Floats:
+        out = np.empty_like(x)
+        run(x, w, flat(pool), slots, depths, offsets, out)
+        return out
+
+    return mixer

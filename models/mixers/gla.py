@@ -129,7 +129,8 @@ class GLA(Mixer):
             *normed, in_proj, decay, *normed_heads, out_proj,
             self.heads, self.qkv[1], GATE_LOW_RANK_DIM, self.gated, f32(GATE_LOGIT_NORMALIZER), f32(self.K**-0.5),
         )  # fmt: skip
-        return lambda x, batch, state: gla_mixer(x, weights, state["S"], *batch.arrays)
+        mixer = gla_mixer(weights)
+        return lambda x, batch, state: mixer(x, state["S"], *batch.arrays)
 
     def flops(self) -> int:
         return self.K * self.V * (4 * self.kv_heads + 2 * self.heads)

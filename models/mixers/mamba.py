@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kernels.diagonal.selective import (
     MixerWeights,
+    Step,
     mixer_half,
     mixer_step,
     selective,
@@ -88,7 +89,7 @@ class Mamba(Mixer):
         self.D = nn.Parameter(torch.empty(inner))
         self.out_proj = Linear(inner, c.hidden_size, bias=c.use_bias)
         self._A: Tensor | None = None
-        self._step: MixerWeights | None = None
+        self._step: Step | None = None
 
     def prepare(self) -> None:
         self._A = -self.A_log.float().exp().t().contiguous()
@@ -97,28 +98,29 @@ class Mamba(Mixer):
             in_proj, x_proj, dt_proj, out_proj = found
             taps, bias = self.conv.arrays()
             A, skip = self._A.numpy(), as_float32(self.D.detach())
-            self._step = MixerWeights(in_proj, taps, bias, x_proj, dt_proj, A, skip, out_proj, self.sizes[0])
+            weights = MixerWeights(in_proj, taps, bias, x_proj, dt_proj, A, skip, out_proj, self.sizes[0])
+            self._step = mixer_step(weights, self.rms_eps)
 
     def leaves(self) -> LayerLeaves:
         return {"h": Leaf((self.N, self.inner)), "conv": self.conv.leaf()}
 
     def with_norm(self, norm: nn.Module) -> Residual | None:
-        weights, normed = self._step, scale_of(norm)
-        if weights is None or normed is None:
+        normed = scale_of(norm)
+        if self._step is None or normed is None:
             return None
+        half = mixer_half(self._step, *normed)
 
-        def half(x: Floats, batch: Batch, state: LayerState) -> Floats:
+        def residual(x: Floats, batch: Batch, state: LayerState) -> Floats:
             if not batch.decodes_few:
                 return x + as_float32(self(norm(tensor_of(x)), batch, state))
-            pools = state["conv"], state["h"]
-            return mixer_half(x, *normed, weights, self.rms_eps, *pools, *batch.arrays[:2])
+            return half(x, state["conv"], state["h"], *batch.arrays[:2])
 
-        return half
+        return residual
 
     def forward(self, x: Tensor, batch: Batch, state: LayerState | None) -> Tensor:
         if self._step is not None and state is not None and batch.decodes_few:
-            pools = state["conv"], state["h"]
-            return tensor_of(mixer_step(as_float32(x), self._step, self.rms_eps, *pools, *batch.arrays[:2]))
+            slots, depths, _ = batch.arrays
+            return tensor_of(self._step(as_float32(x), state["conv"], state["h"], slots, depths))
         x, z = self.in_proj(x).chunk(2, -1)
         x = self.conv(x, batch, pool_of(state, "conv"))
         low, B, C = self.x_proj(x).split(self.sizes, -1)

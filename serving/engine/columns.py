@@ -2,7 +2,7 @@
 go over them a dozen times.
 
 Rows are a table [columns, slots], paths one of [fields, places] (`engine/rows.py` and `engine/paths.py` say what each
-is): an array that a compiled function is given costs it a microsecond.
+is): each array that a compiled function is given or returns costs a microsecond.
 """
 
 import numba
@@ -51,24 +51,21 @@ def census(rows: Ints, paths: Ints, longest: int, stages: int) -> tuple[Ints, in
 
 
 @numba.njit(cache=True, nogil=True)
-def parked(
-    stage: int, count: int, now: int, rows: Ints, paths: Ints, longest: int
-) -> tuple[Ints, Ints, Ints, Ints, int]:
-    """The `count` rows at a stage: their slots, nodes and places, and for how many ticks before this one each has been
-    parked; how many of them begin their way."""
-    slots, nodes, places = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.int64)
-    waited = np.empty(count, np.int64)
+def parked(stage: int, count: int, now: int, rows: Ints, paths: Ints, longest: int) -> tuple[Ints, int]:
+    """The `count` rows at a stage, [4, count]: their slots, nodes and places, and for how many ticks before this one
+    each has been parked; how many of them begin their way."""
+    here = np.empty((4, count), np.int64)
     found = begin = 0
     for slot in range(rows.shape[1]):
         node = rows[NODE, slot]
         if node != IDLE:
             place = rows[PATH, slot] * longest + node
             if paths[STAGE, place] == stage:
-                slots[found], nodes[found], places[found] = slot, node, place
-                waited[found] = now - 1 - rows[SINCE, slot]
+                here[0, found], here[1, found], here[2, found] = slot, node, place
+                here[3, found] = now - 1 - rows[SINCE, slot]
                 begin += node == 0
                 found += 1
-    return slots, nodes, places, waited, begin
+    return here, begin
 
 
 @numba.njit(cache=True, nogil=True)
@@ -79,20 +76,20 @@ def asking(
     rows: Ints,
     paths: Ints,
     counting: int,
-) -> tuple[Ints, Ints, int]:
-    """Which tokens a signal decides about; which signal of each, and of all, or SEVERAL. Where a token goes the same
-    way whatever a signal says, before its floor and after the last pass, none does, unless that counts passes."""
-    tokens, signals = np.empty(owners.size, np.int64), np.empty(owners.size, np.int64)
-    count, common = 0, IDLE
+) -> tuple[Ints, int]:
+    """Which tokens a signal decides about, and which signal, [2, tokens]; that of all, or SEVERAL. Where a token goes
+    the same way whatever a signal says, before its floor and after the last pass, none does, unless that counts
+    passes."""
+    found, count, common = np.empty((2, owners.size), np.int64), 0, IDLE
     for i in range(owners.size):
         asked, place = rows[SIGNAL, owners[i]], places[i]
         if asked == IDLE or paths[EXIT_TO, place] == NOWHERE or paths[EXIT_TO, place] == nodes[i] + 1:
             continue
         if asked == counting or paths[DEEP, place] >= rows[FLOOR, owners[i]]:
-            tokens[count], signals[count] = i, asked
+            found[0, count], found[1, count] = i, asked
             common = asked if common in (IDLE, asked) else SEVERAL
             count += 1
-    return tokens[:count], signals[:count], common
+    return found[:, :count], common
 
 
 @numba.njit(cache=True, nogil=True)
@@ -157,20 +154,20 @@ def skipped(
     leave: Bools,  # [rows]
     rows: Ints,
     paths: Ints,
-) -> tuple[Ints, Ints, Ints]:
-    """The passes that leaving rows do without, as far down as later tokens of their sequences may come: the stage of
-    each, its slot, and its depth there. Those of a row rise."""
+) -> Ints:
+    """The passes that leaving rows do without, as far down as later tokens of their sequences may come, [3, passes]:
+    the stage of each, its slot, and its depth there. Those of a row rise."""
     count = 0
     for i in range(slots.size):
         if leave[i] and rows[REACH, slots[i]] > rows[UNITS, slots[i]]:
             count += paths[EXIT_TO, places[i]] - nodes[i] - 1
-    stages, whose, depths = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.int64)
-    found = 0
+    passes, found = np.empty((3, count), np.int64), 0
     for i in range(slots.size):
         if leave[i] and rows[REACH, slots[i]] > rows[UNITS, slots[i]]:
             for further in range(1, paths[EXIT_TO, places[i]] - nodes[i]):
                 at = places[i] + further
                 if paths[LEADS_TO, at] <= rows[REACH, slots[i]]:
-                    stages[found], whose[found], depths[found] = paths[STAGE, at], slots[i], paths[DEPTH, at]
+                    passes[0, found], passes[1, found] = paths[STAGE, at], slots[i]
+                    passes[2, found] = paths[DEPTH, at]
                     found += 1
-    return stages[:found], whose[:found], depths[:found]
+    return passes[:, :found]

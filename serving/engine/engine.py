@@ -189,9 +189,9 @@ class Engine:
         gaps = rows.gaps(slots, now)
         self.observer.emitted(rows.units[slots], rows.reason[slots], gaps[~np.isnan(gaps)])
         sequences = [self.scheduler.running[slot] for slot in slots.tolist()]
-        depths, reasons = rows.units[slots].tolist(), rows.reason[slots].tolist()
-        for row, (sequence, depth, reason) in enumerate(zip(sequences, depths, reasons, strict=True)):
-            out = Output(sequence.request.id, sequence.index, [int(sampled.ids[row])], [depth], [reason])
+        news = sampled.ids.tolist(), rows.units[slots].tolist(), rows.reason[slots].tolist()
+        for row, (sequence, token, depth, reason) in enumerate(zip(sequences, *news, strict=True)):
+            out = Output(sequence.request.id, sequence.index, [token], [depth], [reason])
             self._token(sequence, out, row, sampled, now)
             if sequence.request.policy.kind == "deadline" and not np.isnan(gaps[row]):
                 self.scheduler.exits.pace(sequence, float(gaps[row]))

@@ -66,7 +66,7 @@ class Exits:
     def want(self, tick: Tick) -> None:
         """Note the signals that decide about the tokens of a tick."""
         rows, paths = self._rows, self._paths
-        tokens, signals, common = columns.asking(*self._tokens(tick), rows.table, paths.table, COUNTING)
+        (tokens, signals), common = columns.asking(*self._tokens(tick), rows.table, paths.table, COUNTING)
         if common == columns.SEVERAL:
             tick.wanted = {SIGNALS[s]: tokens[signals == s] for s in np.unique(signals).tolist()}
         elif len(tokens):

@@ -358,6 +358,12 @@ class TorchRunner:
 
     def _head(self, tick: Tick, rows: Rows, hidden: Tensor) -> Sampled:
         """Sample after every decoding row and every prompt's last token; score the chunks that ask for it."""
+        if not tick.chunks:
+            logits, positions = self.model.logits(hidden), rows.position.take(tick.slots) + 1
+            return Sampled(tick.slots, *self.sampler.sample(logits, tick.slots, positions))
+        return self._head_with_chunks(tick, rows, hidden)
+
+    def _head_with_chunks(self, tick: Tick, rows: Rows, hidden: Tensor) -> Sampled:
         at: list[Ints] = [np.arange(len(tick.slots))]  # rows of `hidden` that a token is drawn from
         slots, positions = [tick.slots], [rows.position[tick.slots] + 1]
         sampled = Sampled(tick.slots, tick.slots)

@@ -176,8 +176,9 @@ class Scheduler:
             return None
         self.tick += 1
         stage = self.chooser.choose(waiting, oldest, since, self.tick)
-        slots, nodes, places, waited, begin = columns.parked(stage, counts[stage], self.tick, *tables)
+        here, begin = columns.parked(stage, counts[stage], self.tick, *tables)
         chunks = [chunk for chunk in self._chunks if self._stage_of(chunk) == stage]
+        slots, nodes, places, waited = here
         tick = Tick(stage, slots, nodes, places, waited, chunks, stage in self._final, begin)
         tick.refills = begin if begun else 0
         if not tick.final:

@@ -1,9 +1,12 @@
 """The selective scan of Mamba: a state [N, C] whose decay and input depend on the token."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.bound import Bound
 from kernels.diagonal.selective.mixer_numba import (
     MixerWeights,
     mixer_step_numba,
@@ -21,6 +24,7 @@ from kernels.tiles import tile
 
 __all__ = [
     "MixerWeights",
+    "Step",
     "mixer_half",
     "mixer_step",
     "selective",
@@ -64,44 +68,35 @@ def selective(
     return selective_step(x, dt, A, B, C, D, z, pool, slots, depths, offsets)
 
 
-def mixer_step(
-    x: Floats,
-    weights: MixerWeights,
-    rms_eps: float | None,
-    conv_pool: Tensor,
-    pool: Tensor,
-    slots: Ints,
-    depths: Ints,
-) -> Floats:
-    """A decoding step of Mamba's whole mixer, on a CPU: x [T, D], one token for each of T slots -> [T, D].
-
-    Pools as those of `kernels.conv.conv` and `selective`; with `rms_eps`, step size, B and C are normed without
-    weights (Falcon Mamba).
-    """
-    out = np.empty_like(x)
-    rms = np.float32(-1 if rms_eps is None else rms_eps)
-    mixer_step_numba(x, weights, rms, flat(conv_pool), flat(pool), slots, depths, out)
-    return out
+Step = Callable[[Floats, Tensor, Tensor, Ints, Ints], Floats]
+"""x [T, D], contiguous, the pools of `kernels.conv.conv` and of `selective`, slots and depths: one token for each of T
+slots, on a CPU -> [T, D]."""
 
 
-def mixer_half(
-    x: Floats,
-    norm: Floats,
-    eps: np.float32,
-    weights: MixerWeights,
-    rms_eps: float | None,
-    conv_pool: Tensor,
-    pool: Tensor,
-    slots: Ints,
-    depths: Ints,
-) -> Floats:
-    """x + mixer(norm(x)), as `mixer_step`; norm [D]. In calls of its parts, whose bits it has to have: not every batch
-    takes this way."""
-    normed = np.empty_like(x)
-    rms_norm_numba(x, norm, eps, normed)
-    out = mixer_step(normed, weights, rms_eps, conv_pool, pool, slots, depths)
-    out += x
-    return out
+def mixer_step(weights: MixerWeights, rms_eps: float | None) -> Step:
+    """A decoding step of Mamba's whole mixer; with `rms_eps`, step size, B and C are normed without weights (Falcon
+    Mamba)."""
+    run, rms = Bound(mixer_step_numba), np.float32(-1 if rms_eps is None else rms_eps)
+
+    def step(x: Floats, conv_pool: Tensor, pool: Tensor, slots: Ints, depths: Ints) -> Floats:
+        out = np.empty_like(x)
+        run(x, weights, rms, flat(conv_pool), flat(pool), slots, depths, out)
+        return out
+
+    return step
+
+
+def mixer_half(step: Step, norm: Floats, eps: np.float32) -> Step:
+    """x + step(norm(x)), norm [D]. In calls of its parts, whose bits it has to have: not every batch takes this way."""
+
+    def half(x: Floats, conv_pool: Tensor, pool: Tensor, slots: Ints, depths: Ints) -> Floats:
+        normed = np.empty_like(x)
+        rms_norm_numba(x, norm, eps, normed)
+        out = step(normed, conv_pool, pool, slots, depths)
+        out += x
+        return out
+
+    return half
 
 
 def softplus(x: Tensor) -> Tensor:

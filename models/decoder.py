@@ -268,7 +268,7 @@ class Decoder(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """ids [T] -> rows [T, row_width], of the row_dtype."""
         weight = self.embeddings.weight
-        if inference(weight):  # numpy does it in a third of the time
+        if inference(weight) and weight.is_contiguous():  # numpy does it in a third of the time
             rows = tensor_of(as_float32(weight.detach()).take(array_of(ids), 0))
         else:
             rows = self.embeddings(ids)

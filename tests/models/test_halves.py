@@ -60,6 +60,27 @@ def test_of_gla(gated: bool, weights: str, tmp_path: Path, monkeypatch: pytest.M
     torch.testing.assert_close(state, expected_state, rtol=off, atol=least)
 
 
+def test_a_stage_in_halves_is_its_layers_one_after_the_other(tmp_path: Path) -> None:
+    """To the bit, whether arrays go from one to the next or tensors; and whoever looks at a layer sees it run."""
+    config = {**GLA, "num_hidden_layers": 3}
+    model = load(tiny.checkpoint(tmp_path, config, text=False), "float32").model
+    x, seen = torch.randn(sum(LENGTHS), 24), []
+
+    def ran() -> tuple[Tensor, list[Tensor]]:
+        pool = StatePool(model.layout(), len(LENGTHS))
+        return model.run(0, x, batch_of(LENGTHS), pool.layers), [layer["S"] for layer in pool.layers]
+
+    with torch.inference_mode():
+        assert model._in_halves(range(3))
+        out, states = ran()
+        hook = model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+        assert not model._in_halves(range(3))
+        expected, expected_states = ran()
+        hook.remove()
+    assert seen and torch.equal(out, expected)
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(states, expected_states, strict=True))
+
+
 def test_a_skipped_layer_is_given_the_same_state(tmp_path: Path) -> None:
     """Whether a token passes a layer, or skips it and only writes."""
     block, pool = block_of(GLA, tmp_path)

@@ -1,8 +1,8 @@
 """Passes over the columns of rows and paths, compiled: a tick of a small model takes little longer than numpy takes to
 go over them a dozen times.
 
-Rows are a table [columns, slots], paths one of [fields, places] (`engine/rows.py` and `engine/paths.py` say what each
-is): each array that a compiled function is given or returns costs a microsecond.
+Rows are a table [columns, slots], paths one of [fields, places]: each array that a compiled function is given or
+returns costs a microsecond.
 """
 
 import numba
@@ -25,10 +25,10 @@ NEVER = (1 << 63) - 1
     NODE, TOKEN, POSITION, SINCE, UNITS, STREAK, REASON, PATH, SEED, SIGNAL, FLOOR, CEILING, REACH, FULL, SHED, EARLY,
     CAPPED,
 ) = COLUMNS = range(17)  # fmt: skip
-"""Of a table of rows."""
+"""Of a table of rows (`engine/rows.py`)."""
 
 STAGE, DEPTH, OCCURRENCE, DEEP, EXIT_TO, LEADS_TO = FIELDS = range(6)
-"""Of a table of paths."""
+"""Of a table of paths: of models.paths.Node, DEEP for its units, and `leads_to` (`engine/paths.py`)."""
 
 Bools = npt.NDArray[np.bool_]
 

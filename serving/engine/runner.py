@@ -364,6 +364,7 @@ class TorchRunner:
         return self._head_with_chunks(tick, rows, hidden)
 
     def _head_with_chunks(self, tick: Tick, rows: Rows, hidden: Tensor) -> Sampled:
+        """The same where prompts come along: not every row of theirs is drawn from."""
         at: list[Ints] = [np.arange(len(tick.slots))]  # rows of `hidden` that a token is drawn from
         slots, positions = [tick.slots], [rows.position[tick.slots] + 1]
         sampled = Sampled(tick.slots, tick.slots)
